@@ -1,0 +1,38 @@
+# `make demo` and `make test` do all the set-up on a fresh machine. A second `make` installs nothing again.
+PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3.11; do \
+	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
+VENV := .venv
+RUN := $(VENV)/bin/python -m
+INSTALL := $(RUN) pip install --disable-pip-version-check --progress-bar off --constraint constraints.txt
+INSTALLED := $(VENV)/installed
+
+.PHONY: demo test slow lint types check clean
+
+demo: $(INSTALLED)
+	$(RUN) bakeout demo -o demo
+
+test: $(INSTALLED)
+	$(RUN) pytest
+
+slow: $(INSTALLED)
+	$(RUN) pytest -m slow
+
+lint: $(INSTALLED)
+	$(RUN) ruff check
+	$(RUN) ruff format --check
+
+types: $(INSTALLED)
+	$(RUN) mypy
+
+check: lint types test slow
+
+clean:
+	rm -rf $(VENV) build dist demo src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+# torch comes first and alone, so that nothing else decides which build of it is installed.
+$(INSTALLED): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "bakeout needs Python 3.11 or newer: install it, or say where it is with 'make PYTHON=...'." >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(INSTALL) setuptools torch
+	$(INSTALL) --no-build-isolation --editable '.[dev]'
+	@touch $@

@@ -1,0 +1,63 @@
+"""Say in text what a model is made of. Reads headers and JSON only."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+from bakeout.generate import ACCURACY
+
+if TYPE_CHECKING:
+    from bakeout.editor.model import Component, Model
+
+
+def describe(model: Model) -> str:
+    """What the model is, its components, its sites by kind and, where that was measured, how well it draws."""
+    components = [_component_row(component) for component in model.components.values()]
+    kinds = dict.fromkeys(site.kind for site in model.sites)
+    sites = [(kind, str(len(found)), found[0].name) for kind in kinds if (found := model.sites_of(kind))]
+    scheduler = model.parts["scheduler"].class_name
+    blocks = [
+        f"{model.source}: {model.family}, opened as {model.format} from {model.path}; scheduler {scheduler}",
+        table(("component", "class", "dtype", "parameters"), components),
+        table(("site", "number", "the first is"), sites),
+    ]
+    accuracy = model.path / ACCURACY
+    if accuracy.is_file():
+        blocks.append(describe_accuracy(json.loads(accuracy.read_text(encoding="utf-8"))))
+    return "\n\n".join(blocks)
+
+
+def describe_accuracy(measured: Mapping[str, Any]) -> str:
+    """How often the model's own detector found in a picture what was asked for.
+
+    Args:
+        measured: `settings` by name, and under `accuracy` by attribute `correct`, `of`, `share` and `interval_95`.
+    """
+    rows = [
+        (
+            name,
+            f"{found['correct']} of {found['of']}",
+            f"{found['share']:.1%}",
+            "{:.1%} to {:.1%}".format(*found["interval_95"]),
+        )
+        for name, found in measured["accuracy"].items()
+    ]
+    settings = ", ".join(f"{name} {value}" for name, value in measured["settings"].items())
+    return f"{table(('judged right', 'pictures', 'share', '95 % interval'), rows)}\n({settings})"
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Lines with the cells of each column one under the other."""
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in (head, *rows))
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _component_row(component: Component) -> tuple[str, str, str, str]:
+    # Tensors that no parameter uses are on disk only; some parameters are parts of one stored tensor.
+    used = [component.tensors[name] for name in {location.tensor for location in component.locations.values()}]
+    dtypes = ", ".join(sorted({tensor.dtype for tensor in used}))
+    return component.name, component.class_name, dtypes, f"{sum(prod(tensor.shape) for tensor in used):,}"

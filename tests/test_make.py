@@ -1,0 +1,75 @@
+"""The Makefile and `.ci/run`: what they do once, what they do again, and what they say."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="there is no make here")
+
+
+@pytest.fixture
+def project(root, tmp_path) -> Path:
+    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+        shutil.copyfile(root / name, tmp_path / name)
+    shutil.copytree(root / ".ci", tmp_path / ".ci")
+    return tmp_path
+
+
+def make(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    # Without what a make that runs the tests hands down to this one.
+    clean = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL", "PYTHON")}
+    command = (shutil.which("make") or "", *arguments)
+    return subprocess.run(command, cwd=folder, env=clean | environment, capture_output=True, text=True, check=False)
+
+
+def test_a_second_make_installs_nothing(project):
+    assert "pip install" in make(project, "-n", "test").stdout
+    (project / ".venv").mkdir()
+    (project / ".venv" / "installed").touch()
+    for target, does in (("test", "pytest"), ("demo", "bakeout demo"), ("lint", "ruff check"), ("types", "mypy")):
+        again = make(project, "-n", target)
+        assert does in again.stdout
+        assert "pip" not in again.stdout
+
+
+@pytest.mark.parametrize("name", ["pyproject.toml", "constraints.txt"])
+def test_what_is_declared_anew_is_installed_anew(project, name):
+    (project / ".venv").mkdir()
+    (project / ".venv" / "installed").touch()
+    os.utime(project / name, (2**32, 2**32))
+    assert "pip install" in make(project, "-n", "test").stdout
+
+
+def test_torch_is_installed_first(project):
+    installs = [line for line in make(project, "-n", "test").stdout.splitlines() if "pip install" in line]
+    assert [" torch" in line for line in installs] == [True, False]
+    assert all("--constraint constraints.txt" in line for line in installs)
+
+
+def test_no_python_is_one_sentence(project, tmp_path):
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    (programs / "sh").symlink_to(shutil.which("sh") or "")
+    done = make(project, "test", PATH=str(programs))
+    assert done.returncode != 0
+    assert "needs Python 3.11 or newer" in done.stderr
+    assert not (project / ".venv").exists()
+
+
+@pytest.mark.parametrize("failing", ["nothing", "test", "lint", "types", "slow"])
+def test_ci_runs_every_check_and_fails_with_any(project, tmp_path, failing):
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    fake = programs / "make"
+    fake.write_text(f'#!/bin/sh\necho "ran $1 with CI=$CI"\ntest "$1" != {failing}\n', encoding="utf-8")
+    fake.chmod(0o755)
+    environment = os.environ | {"PATH": f"{programs}{os.pathsep}{os.environ['PATH']}"}
+    done = subprocess.run([project / ".ci" / "run"], env=environment, capture_output=True, text=True, check=False)
+    assert [f"ran {check} with CI=true" in done.stdout for check in ("test", "lint", "types", "slow")] == [True] * 4
+    assert done.returncode == (failing != "nothing")
+    assert failing == "nothing" or f"failed: {failing}" in done.stderr
