@@ -1,0 +1,73 @@
+"""Load a model's components bit for bit as stored, into the modules of diffusers and transformers.
+
+One loader serves folders and single files. The libraries' own match names loosely and report what did not match as a
+log line at most (transformers 4 and 5 name a text encoder's parameters differently), and cast every component to one
+dtype; this one assigns exactly the parameters that opening the model found, or fails.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bakeout.editor.architecture import build
+from bakeout.editor.checkpoint_header import StoredTensor
+from bakeout.editor.ldm_names import Location
+
+if TYPE_CHECKING:
+    import torch
+
+
+def load_module(
+    class_name: str,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, StoredTensor],
+    locations: Mapping[str, Location],
+    device: str | torch.device,
+    dtype: torch.dtype | None,
+) -> torch.nn.Module:
+    """The module with its weights on `device`, in the dtypes in which they are stored unless `dtype` is given.
+
+    `locations` says of each parameter, by its name in memory, where among `tensors` it lies.
+    """
+    from safetensors import safe_open
+
+    module = build(class_name, config)
+    with ExitStack() as stack:
+        files: dict[Path, Any] = {
+            file: stack.enter_context(safe_open(file, framework="pt")) for file in {t.file for t in tensors.values()}
+        }
+        state = {
+            name: _read(files[tensors[location.tensor].file], location, module.get_parameter(name).shape).to(
+                device=device, dtype=dtype
+            )
+            for name, location in locations.items()
+        }
+        module.load_state_dict(state, strict=True, assign=True)
+    _make_position_ids(module, device)
+    return module.eval()
+
+
+def _read(file: Any, location: Location, shape: torch.Size) -> torch.Tensor:
+    tensor: torch.Tensor
+    if location.change == "third":
+        rows = shape[0]
+        tensor = file.get_slice(location.tensor)[location.part * rows : (location.part + 1) * rows]
+    else:
+        tensor = file.get_tensor(location.tensor)
+    if location.change == "transposed":
+        return tensor.T.contiguous()
+    return tensor.reshape(shape) if location.change == "pointwise" else tensor
+
+
+def _make_position_ids(module: torch.nn.Module, device: str | torch.device) -> None:
+    # CLIP's position ids are no parameter and not stored, so building on the meta device left them without values.
+    import torch
+
+    for name, buffer in list(module.named_buffers()):
+        owner = module.get_submodule(name.rpartition(".")[0])
+        if not name.endswith("position_ids"):
+            raise NotImplementedError(f"how to fill the buffer {name}, new in this version, is not known")
+        owner.position_ids = torch.arange(buffer.shape[-1], device=device).expand(buffer.shape)
