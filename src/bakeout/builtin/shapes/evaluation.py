@@ -1,0 +1,121 @@
+"""How well `shapes` draws: how often the detector finds in a picture what its prompt asked for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypedDict
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from bakeout.builtin.shapes.detector import Detector
+from bakeout.builtin.shapes.scenes import ATTRIBUTES, Scene, draw, prompt, sample_scene
+from bakeout.builtin.shapes.similarity import clip_similarity
+
+STEPS, GUIDANCE = 20, 4.0
+# Scenes for training and for judging come from generators seeded differently.
+HELD_OUT_SEED = 1
+
+
+class Share(TypedDict):
+    """`correct` of `of`, their ratio, and its exact (Clopper-Pearson) 95 % interval."""
+
+    correct: int
+    of: int
+    share: float
+    interval_95: list[float]
+
+
+def uniform_scenes(count: int) -> list[Scene]:
+    """Held-out scenes whose attributes are uniform and independent; the same for the same count."""
+    rng = np.random.default_rng([HELD_OUT_SEED, 0])
+    chosen = [{name: str(rng.choice(values)) for name, values in ATTRIBUTES.items()} for _ in range(count)]
+    return [Scene(it["object"], it["colour"], it["style"], it["background"]) for it in chosen]
+
+
+def generate(pipeline: Any, prompts: Sequence[str], seed: int = 0, batch: int = 50) -> NDArray[np.uint8]:
+    """One picture a prompt, uint8 [n, 64, 64, 3]; the i-th starts from the latents of seed `seed + i`."""
+    pipeline.set_progress_bar_config(disable=True)
+    pictures = []
+    for first in range(0, len(prompts), batch):
+        part = list(prompts[first : first + batch])
+        generators = [torch.Generator().manual_seed(seed + first + i) for i in range(len(part))]
+        floats = pipeline(
+            part, num_inference_steps=STEPS, guidance_scale=GUIDANCE, generator=generators, output_type="np"
+        ).images
+        pictures.append(np.rint(floats * 255).astype(np.uint8))
+    return np.concatenate(pictures)
+
+
+def accuracy(detector: Detector, pictures: NDArray[np.uint8], scenes: Sequence[Scene]) -> dict[str, Share]:
+    """Of each attribute: in how many pictures the detector sees what the scene says."""
+    verdicts = detector.classify(pictures)
+    return {
+        name: share(sum(verdict[name] == scene.labels[name] for verdict, scene in zip(verdicts, scenes, strict=True)),
+                    len(scenes))
+        for name in ATTRIBUTES
+    }  # fmt: skip
+
+
+def share(correct: int, of: int) -> Share:
+    """`correct` of `of` with its exact binomial interval (Clopper and Pearson, 1934)."""
+    from scipy.stats import binomtest
+
+    interval = binomtest(correct, of).proportion_ci(0.95, "exact")
+    return {
+        "correct": correct,
+        "of": of,
+        "share": round(correct / of, 4),
+        "interval_95": [round(float(interval.low), 4), round(float(interval.high), 4)],
+    }
+
+
+def measure(pipeline: Any, detector: Detector, image_encoder: Any, count: int = 300, drawings: int = 4000) -> Any:
+    """Everything that the model card says, as JSON: what `accuracy.json` holds.
+
+    Pictures of `count` prompts judged by the detector; the same with every FFN-2 weight of the UNet at zero (does the
+    network draw by its FFNs?); the detector on held-out drawings; and how often CLIP finds, for a generated picture, its
+    own prompt among all of them.
+    """
+    scenes = uniform_scenes(count)
+    prompts = [prompt(scene) for scene in scenes]
+    pictures = generate(pipeline, prompts)
+    rng = np.random.default_rng([HELD_OUT_SEED, 1])
+    held_out = [sample_scene(rng) for _ in range(drawings)]
+    similarity = clip_similarity(prompts, pictures, pipeline, image_encoder)
+    own = similarity.diagonal()
+    return {
+        "settings": {
+            "prompts": count,
+            "steps": STEPS,
+            "guidance": GUIDANCE,
+            "scheduler": type(pipeline.scheduler).__name__,
+            "seeds": f"0 to {count - 1}",
+        },
+        "accuracy": accuracy(detector, pictures, scenes),
+        "accuracy_without_ffn2": accuracy(detector, generate_without_ffn2(pipeline, prompts), scenes),
+        "detector_on_held_out_drawings": accuracy(detector, np.stack([draw(scene) for scene in held_out]), held_out),
+        "clip_own_prompt_is_nearest": share(int((own >= similarity.max(dim=0).values).sum()), count),
+    }
+
+
+def generate_without_ffn2(pipeline: Any, prompts: Sequence[str]) -> NDArray[np.uint8]:
+    """`generate` with all FFN-2 weights of the UNet at zero; the pipeline is as before afterwards."""
+    weights = {name: p for name, p in pipeline.unet.named_parameters() if name.endswith("ff.net.2.weight")}
+    kept = {name: weight.detach().clone() for name, weight in weights.items()}
+    with torch.no_grad():
+        try:
+            for weight in weights.values():
+                weight.zero_()
+            return generate(pipeline, prompts)
+        finally:
+            for name, weight in weights.items():
+                weight.copy_(kept[name])
+
+
+def write_accuracy(measured: Mapping[str, Any], folder: Path) -> None:
+    """Write `accuracy.json` into the model's folder."""
+    (folder / "accuracy.json").write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")

@@ -1,0 +1,296 @@
+"""How `shapes` is made: a tokenizer, a small CLIP, a VAE, the detector, then the UNet on the frozen text encoder.
+
+Each stage can be interrupted and started again; each depends only on the ones before and on the seed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional
+
+from bakeout.builtin.shapes import architecture
+from bakeout.builtin.shapes.detector import Detector, load_detector, tensor_from_pictures
+from bakeout.builtin.shapes.evaluation import (
+    accuracy,
+    generate,
+    generate_without_ffn2,
+    measure,
+    uniform_scenes,
+    write_accuracy,
+)
+from bakeout.builtin.shapes.fitting import fit
+from bakeout.builtin.shapes.scenes import ATTRIBUTES, Scene, captions, draw, prompt, sample_scene
+from bakeout.builtin.shapes.similarity import load_image_encoder
+from bakeout.builtin.shapes.tokenizer import train_tokenizer
+
+TRAINING_SEED = 0
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Lengths of the stages in steps, and the sizes of their batches."""
+
+    drawings: int = 40_000
+    captions_each: int = 3
+    clip_steps: int = 700
+    clip_batch: int = 256
+    vae_steps: int = 9_000
+    vae_batch: int = 8
+    detector_steps: int = 1_500
+    detector_batch: int = 128
+    unet_steps: int = 14_000
+    unet_batch: int = 64
+    ffn_sparsity: float = 0.0
+
+
+class Workshop:
+    """The drawings, and the networks as far as they are trained; everything lives in the folder `run`."""
+
+    def __init__(self, run: Path, settings: Settings) -> None:
+        self.run, self.settings = run, settings
+        run.mkdir(parents=True, exist_ok=True)
+
+    @cached_property
+    def scenes(self) -> list[Scene]:
+        """What the drawings show."""
+        rng = np.random.default_rng([TRAINING_SEED, 0])
+        return [sample_scene(rng) for _ in range(self.settings.drawings)]
+
+    @cached_property
+    def pictures(self) -> NDArray[np.uint8]:
+        """Uint8 [drawings, 64, 64, 3]."""
+        return np.stack([draw(scene) for scene in self.scenes])
+
+    @cached_property
+    def captions(self) -> list[list[str]]:
+        """`captions_each` texts a drawing."""
+        rng = np.random.default_rng([TRAINING_SEED, 1])
+        return [captions(scene, rng, self.settings.captions_each) for scene in self.scenes]
+
+    @cached_property
+    def labels(self) -> dict[str, Tensor]:
+        """Attribute -> int64 [drawings]."""
+        return {
+            name: torch.tensor([values.index(getattr(scene, name)) for scene in self.scenes])
+            for name, values in ATTRIBUTES.items()
+        }
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """Trained on the distinct captions."""
+        every = sorted({caption for told in self.captions for caption in told})
+        return train_tokenizer(every, self.run / "tokenizer")
+
+    def tokens(self, texts: list[str], length: int = 77) -> Tensor:
+        """Token ids, int64 [n, length]."""
+        encoded = self.tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+        return torch.as_tensor(encoded.input_ids)
+
+    def batch_of_pictures(self, indices: Tensor) -> Tensor:
+        """Float [n, 3, 64, 64] in -1 .. 1."""
+        return tensor_from_pictures(self.pictures[indices.numpy()])
+
+    @cached_property
+    def clip(self) -> nn.ModuleDict:
+        """CLIP's symmetric contrastive loss (Radford et al., 2021) of the pooled text and the projected picture."""
+        torch.manual_seed(0)
+        settings = self.settings
+        text, image = architecture.text_encoder(self.tokenizer), architecture.image_encoder()
+        scale = nn.Linear(1, 1, bias=False)
+        nn.init.constant_(scale.weight, float(np.log(1 / 0.07)))
+        networks = nn.ModuleDict({"text": text, "image": image, "scale": scale})
+        texts = self.captions
+        short = 32
+
+        def loss_step(step: int, generator: torch.Generator) -> tuple[Tensor, Mapping[str, float]]:
+            indices = torch.randint(len(texts), (settings.clip_batch,), generator=generator)
+            which = torch.randint(settings.captions_each, (settings.clip_batch,), generator=generator)
+            told = [texts[i][j] for i, j in zip(indices.tolist(), which.tolist(), strict=True)]
+            length = short
+            if step % 10 == 0:
+                told = [", ".join(texts[i]) for i in indices.tolist()]
+                length = 77
+            words = functional.normalize(text(input_ids=self.tokens(told, length)).pooler_output, dim=-1)
+            seen = functional.normalize(image(pixel_values=self.batch_of_pictures(indices)).image_embeds, dim=-1)
+            logits = scale.weight.clamp(max=4.6).exp() * words @ seen.T
+            target = torch.arange(len(told))
+            loss = (functional.cross_entropy(logits, target) + functional.cross_entropy(logits.T, target)) / 2
+            return loss, {"found": (logits.argmax(1) == target).float().mean().item()}
+
+        return fit("clip", self.run, networks, loss_step, steps=settings.clip_steps, rate=1e-3, weight_decay=0.05)
+
+    @cached_property
+    def vae(self) -> Any:
+        """Reconstruction (L1 and squared error) and a light pull of the posterior towards a standard normal."""
+        torch.manual_seed(1)
+        vae: Any = architecture.autoencoder().to(memory_format=torch.channels_last)
+        settings = self.settings
+
+        def loss_step(_: int, generator: torch.Generator) -> tuple[Tensor, Mapping[str, float]]:
+            pictures = self.batch_of_pictures(
+                torch.randint(settings.drawings, (settings.vae_batch,), generator=generator)
+            )
+            pictures = pictures.contiguous(memory_format=torch.channels_last)
+            with torch.autocast("cpu", torch.bfloat16):
+                posterior = vae.encode(pictures).latent_dist
+                again = vae.decode(posterior.sample(generator=generator)).sample
+            error = again.float() - pictures
+            divergence = 0.5 * (posterior.mean**2 + posterior.var - 1 - posterior.logvar).mean()
+            loss = error.abs().mean() + error.square().mean() + 1e-5 * divergence
+            psnr = 10 * torch.log10(4 / error.detach().square().mean())
+            return loss, {"psnr": psnr.item(), "divergence": divergence.item()}
+
+        fit("vae", self.run, nn.ModuleDict({"vae": vae}), loss_step, steps=settings.vae_steps, rate=2e-3, average=0.995)
+        with torch.inference_mode():
+            latents = vae.encode(self.batch_of_pictures(torch.arange(2000))).latent_dist.mean
+        vae.register_to_config(scaling_factor=round(1 / float(latents.std()), 5))
+        return vae.requires_grad_(False)
+
+    @cached_property
+    def detector(self) -> Detector:
+        """Trained on drawings, a quarter of them gone through the VAE, with noise and shifts of colour."""
+        torch.manual_seed(2)
+        settings = self.settings
+        detector, vae = Detector(), self.vae
+
+        def loss_step(_: int, generator: torch.Generator) -> tuple[Tensor, Mapping[str, float]]:
+            indices = torch.randint(settings.drawings, (settings.detector_batch,), generator=generator)
+            pictures = self.batch_of_pictures(indices)
+            part = len(pictures) // 4
+            with torch.no_grad():
+                latents = vae.encode(pictures[:part]).latent_dist.mean
+                noise = torch.randn(latents.shape, generator=generator) * 0.15 / vae.config.scaling_factor
+                pictures[:part] = vae.decode(latents + noise).sample
+            shift = 0.06 * torch.randn(len(pictures), 3, 1, 1, generator=generator)
+            grain = 0.15 * torch.rand(len(pictures), 1, 1, 1, generator=generator)
+            pictures = pictures + shift + grain * torch.randn(pictures.shape, generator=generator)
+            logits = detector(pictures)
+            target = {name: labels[indices] for name, labels in self.labels.items()}
+            loss = torch.stack([functional.cross_entropy(logits[name], target[name]) for name in logits]).sum()
+            right = {name: (logits[name].argmax(1) == target[name]).float().mean().item() for name in logits}
+            return loss, right
+
+        fit("detector", self.run, nn.ModuleDict({"detector": detector}), loss_step, steps=settings.detector_steps,
+            rate=3e-3, average=0.99)  # fmt: skip
+        return detector
+
+    @cached_property
+    def latents(self) -> Tensor:
+        """Scaled latents of every drawing, float [drawings, 4, 8, 8]."""
+        with torch.inference_mode():
+            indices = torch.arange(self.settings.drawings)
+            batches = [
+                self.vae.encode(self.batch_of_pictures(part)).latent_dist.mean for part in torch.split(indices, 250)
+            ]
+        return torch.cat(batches).clone() * float(self.vae.config.scaling_factor)
+
+    @cached_property
+    def embeddings(self) -> tuple[Tensor, Tensor]:
+        """The text encodings, and which of them describe each drawing.
+
+        Float16 [captions + 1, 77, 96], those of every distinct caption and, last, of the empty one; int64 [drawings,
+        captions_each].
+        """
+        distinct = {caption: i for i, caption in enumerate(dict.fromkeys(c for told in self.captions for c in told))}
+        which = torch.tensor([[distinct[caption] for caption in told] for told in self.captions])
+        texts = [*distinct, ""]
+        encoder = self.clip["text"]
+        with torch.inference_mode():
+            encoded = [
+                encoder(input_ids=self.tokens(texts[i : i + 256])).last_hidden_state.half()
+                for i in range(0, len(texts), 256)
+            ]
+        return torch.cat(encoded).clone(), which
+
+    @cached_property
+    def unet(self) -> Any:
+        """Noise prediction on the frozen text encoder, a tenth of the captions dropped (for guidance)."""
+        torch.manual_seed(3)
+        settings = self.settings
+        unet = architecture.unet()
+        latents, (encodings, which) = self.latents, self.embeddings
+        scheduler = architecture.scheduler()
+        signal, noise_level = scheduler.alphas_cumprod.sqrt(), (1 - scheduler.alphas_cumprod).sqrt()
+        ratio = scheduler.alphas_cumprod / (1 - scheduler.alphas_cumprod)
+        weight_of = ratio.clamp(max=5) / ratio
+        activations: list[Tensor] = []
+        if settings.ffn_sparsity:
+            for name, module in unet.named_modules():
+                if name.endswith("ff.net.0"):
+                    module.register_forward_hook(lambda _m, _i, h: activations.append(h.abs().mean()))
+
+        def loss_step(_: int, generator: torch.Generator) -> tuple[Tensor, Mapping[str, float]]:
+            size = settings.unet_batch
+            indices = torch.randint(settings.drawings, (size,), generator=generator)
+            told = which[indices, torch.randint(settings.captions_each, (size,), generator=generator)]
+            told[torch.rand(size, generator=generator) < 0.1] = len(encodings) - 1
+            times = torch.randint(1000, (size,), generator=generator)
+            clean = latents[indices]
+            noise = torch.randn(clean.shape, generator=generator)
+            noisy = signal[times].view(-1, 1, 1, 1) * clean + noise_level[times].view(-1, 1, 1, 1) * noise
+            activations.clear()
+            error = unet(noisy, times, encodings[told].float()).sample - noise
+            loss = (error.square().mean((1, 2, 3)) * weight_of[times]).mean()
+            numbers = {"error": error.detach().square().mean().item()}
+            if activations:
+                activity = torch.stack(activations).mean()
+                loss = loss + settings.ffn_sparsity * activity
+                numbers["activity"] = activity.item()
+            return loss, numbers
+
+        def judge(networks: nn.ModuleDict) -> Mapping[str, float]:
+            pipeline = self.pipeline(networks["unet"])
+            scenes = uniform_scenes(100)
+            prompts = [prompt(scene) for scene in scenes]
+            drawn = {"drawn": generate(pipeline, prompts), "without_ffn2": generate_without_ffn2(pipeline, prompts)}
+            return {
+                f"{how}_{name}": found["share"]
+                for how, pictures in drawn.items()
+                for name, found in accuracy(self.detector, pictures, scenes).items()
+            }
+
+        fit("unet", self.run, nn.ModuleDict({"unet": unet}), loss_step, steps=settings.unet_steps, rate=1.2e-3,
+            average=0.999, judge=judge)  # fmt: skip
+        return unet
+
+    def ship(self, package: Path) -> None:
+        """Write what the package ships, in float16: `model/` (a diffusers folder), `image_encoder/`, the detector.
+
+        Then measures the shipped files, not the networks in memory, and writes `model/accuracy.json`.
+        """
+        from diffusers import StableDiffusionPipeline
+        from safetensors.torch import save_file
+
+        self.pipeline(self.unet).to(dtype=torch.float16).save_pretrained(package / "model")
+        self.tokenizer.save_vocabulary(str(package / "model" / "tokenizer"))
+        image: Any = self.clip["image"]
+        image.half().save_pretrained(package / "image_encoder")
+        halves = {name: tensor.half().contiguous() for name, tensor in self.detector.state_dict().items()}
+        save_file(halves, package / "detector.safetensors")
+        shipped = StableDiffusionPipeline.from_pretrained(package / "model", dtype=torch.float32, local_files_only=True)
+        detector = load_detector(package / "detector.safetensors")
+        write_accuracy(measure(shipped, detector, load_image_encoder(package / "image_encoder")), package / "model")
+
+    def pipeline(self, unet: Any) -> Any:
+        """The StableDiffusionPipeline around a UNet."""
+        from diffusers import StableDiffusionPipeline
+
+        return StableDiffusionPipeline(
+            vae=self.vae,
+            text_encoder=self.clip["text"],
+            tokenizer=self.tokenizer,
+            unet=unet,
+            scheduler=architecture.scheduler(),
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
