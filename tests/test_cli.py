@@ -211,9 +211,9 @@ def test_accuracies_are_a_table():
     from bakeout.describe import describe_accuracy
 
     found = {"correct": 287, "of": 300, "share": 0.9567, "interval_95": [0.9271, 0.9767]}
-    text = describe_accuracy({"settings": {"steps": 20, "guidance": 4.0}, "accuracy": {"object": found}})
+    text = describe_accuracy({"settings": {"steps": 20, "guidance": 4.0}, "accuracy_without_ffn2": {"object": found}})
     assert text.splitlines() == [
-        "judged right  pictures    share  95 % interval",
-        "object        287 of 300  95.7%  92.7% to 97.7%",
+        "measured               of      right       share  95 % interval",
+        "accuracy without ffn2  object  287 of 300  95.7%  92.7% to 97.7%",
         "(steps 20, guidance 4.0)",
     ]

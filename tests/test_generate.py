@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,6 +14,7 @@ from PIL import Image
 
 from bakeout import generate
 from bakeout.editor.errors import InputError
+from bakeout.editor.model import open_model
 from bakeout.generate import (
     SCHEDULERS,
     Request,
@@ -29,8 +31,6 @@ from bakeout.generate import (
 
 @pytest.fixture(scope="module")
 def pipeline(tiny_model):
-    from bakeout.editor.model import open_model
-
     return open_model(tiny_model).pipeline()
 
 
@@ -161,10 +161,12 @@ def test_settings_come_from_the_request_then_the_recommendation_then_the_pipelin
     assert (asked.steps, asked.guidance) == (3, 0.0)
 
 
-def test_recommended_settings_are_those_of_the_measurement(tmp_path):
-    assert recommended_settings(tmp_path) == {}
+def test_only_a_built_in_model_recommends_settings(tiny_model, tmp_path):
+    opened = open_model(tiny_model)
+    assert recommended_settings(opened) == {}
     (tmp_path / "accuracy.json").write_text('{"settings": {"steps": 20}, "accuracy": {}}', encoding="utf-8")
-    assert recommended_settings(tmp_path) == {"steps": 20}
+    assert recommended_settings(replace(opened, path=tmp_path)) == {}
+    assert recommended_settings(replace(opened, path=tmp_path, format="builtin")) == {"steps": 20}
 
 
 @pytest.mark.parametrize(("text", "size"), [("64", (64, 64)), ("512x768", (512, 768)), ("512X768", (512, 768))])

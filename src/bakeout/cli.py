@@ -161,7 +161,7 @@ def generate(
     opened = open_model(model)
     generation.reserve(folder, request, force=force)
     pipeline = opened.pipeline(device, torch_dtype)
-    request = generation.complete(request, pipeline, generation.recommended_settings(opened.path))
+    request = generation.complete(request, pipeline, generation.recommended_settings(opened))
     facts = {"model": Path(model).name if Path(model).exists() else model, "device": device, "dtype": str(torch_dtype)}
     with _progress_bar(len(request.pictures)) as progress:
         entries = generation.draw_to_folder(pipeline, request, folder, facts, progress)

@@ -42,7 +42,7 @@ def run(folder: Path, progress: Callable[[float], object] | None = None) -> list
     reserve(folder, request, force=True)
     # Its weights are stored in half precision, which a CPU computes slowly.
     pipeline = model.pipeline(dtype=torch.float32)
-    request = complete(request, pipeline, recommended_settings(model.path))
+    request = complete(request, pipeline, recommended_settings(model))
     entries = draw_to_folder(
         pipeline, request, folder, {"model": "shapes", "device": "cpu", "dtype": "torch.float32"}, progress
     )

@@ -24,29 +24,32 @@ def describe(model: Model) -> str:
         table(("component", "class", "dtype", "parameters"), components),
         table(("site", "number", "the first is"), sites),
     ]
-    accuracy = model.path / ACCURACY
-    if accuracy.is_file():
-        blocks.append(describe_accuracy(json.loads(accuracy.read_text(encoding="utf-8"))))
+    if model.format == "builtin":
+        blocks.append(describe_accuracy(json.loads((model.path / ACCURACY).read_text(encoding="utf-8"))))
     return "\n\n".join(blocks)
 
 
 def describe_accuracy(measured: Mapping[str, Any]) -> str:
-    """How often the model's own detector found in a picture what was asked for.
+    """What was measured of a built-in model, as how often its detector found in a picture what was asked for.
 
     Args:
-        measured: `settings` by name, and under `accuracy` by attribute `correct`, `of`, `share` and `interval_95`.
+        measured: `settings` by name; every other key is a measurement, and its value has by attribute `correct`, `of`,
+            `share` and `interval_95`.
     """
     rows = [
         (
+            measurement.replace("_", " "),
             name,
             f"{found['correct']} of {found['of']}",
             f"{found['share']:.1%}",
             "{:.1%} to {:.1%}".format(*found["interval_95"]),
         )
-        for name, found in measured["accuracy"].items()
+        for measurement, attributes in measured.items()
+        if measurement != "settings"
+        for name, found in attributes.items()
     ]
     settings = ", ".join(f"{name} {value}" for name, value in measured["settings"].items())
-    return f"{table(('judged right', 'pictures', 'share', '95 % interval'), rows)}\n({settings})"
+    return f"{table(('measured', 'of', 'right', 'share', '95 % interval'), rows)}\n({settings})"
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

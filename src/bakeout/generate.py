@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from PIL import Image
 
+    from bakeout.editor.model import Model
+
 INDEX = "pictures.json"
 # Beside the weights of a built-in model: how well it draws, and with which settings that was measured.
 ACCURACY = "accuracy.json"
@@ -195,10 +197,11 @@ def complete(request: Request, pipeline: Any, recommended: Mapping[str, Any] | N
     return replace(request, steps=steps, guidance=guidance, size=(width, height))
 
 
-def recommended_settings(model: Path) -> dict[str, Any]:
-    """The steps and the guidance with which the model in a folder was measured; empty where nobody measured it."""
-    accuracy = model / ACCURACY
-    return dict(json.loads(accuracy.read_text(encoding="utf-8"))["settings"]) if accuracy.is_file() else {}
+def recommended_settings(model: Model) -> dict[str, Any]:
+    """The steps and the guidance with which a built-in model was measured; empty for any other model."""
+    if model.format != "builtin":
+        return {}
+    return dict(json.loads((model.path / ACCURACY).read_text(encoding="utf-8"))["settings"])
 
 
 def scheduler_for(pipeline: Any, name: str) -> Any:

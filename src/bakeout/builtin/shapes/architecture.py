@@ -7,6 +7,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import nn
+
+from bakeout.builtin.shapes.scenes import ATTRIBUTES
+
 TEXT_WIDTH = 96
 LATENT_SIZE = 8
 
@@ -90,4 +94,17 @@ def scheduler() -> Any:
         beta_end=0.012,
         beta_schedule="scaled_linear",
         steps_offset=1,
+    )
+
+
+def latent_classifier() -> nn.Sequential:
+    """Latents [n, 4, 8, 8] to the logits of all attributes, one after the other: [n, number of values]."""
+    values = sum(map(len, ATTRIBUTES.values()))
+    return nn.Sequential(
+        nn.Conv2d(4, 48, 3, padding=1),
+        nn.SiLU(),
+        nn.Conv2d(48, 64, 3, stride=2, padding=1),
+        nn.SiLU(),
+        nn.Flatten(),
+        nn.Linear(64 * 16, values),
     )

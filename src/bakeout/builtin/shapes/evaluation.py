@@ -77,8 +77,8 @@ def measure(pipeline: Any, detector: Detector, image_encoder: Any, count: int = 
     """Everything that the model card says, as JSON: what `accuracy.json` holds.
 
     Pictures of `count` prompts judged by the detector; the same with every FFN-2 weight of the UNet at zero (does the
-    network draw by its FFNs?); the detector on held-out drawings; and how often CLIP finds, for a generated picture, its
-    own prompt among all of them.
+    network draw by its FFNs?); the detector on held-out drawings; and how often CLIP finds, for a generated picture,
+    its own prompt among all of them.
     """
     scenes = uniform_scenes(count)
     prompts = [prompt(scene) for scene in scenes]
@@ -98,7 +98,7 @@ def measure(pipeline: Any, detector: Detector, image_encoder: Any, count: int = 
         "accuracy": accuracy(detector, pictures, scenes),
         "accuracy_without_ffn2": accuracy(detector, generate_without_ffn2(pipeline, prompts), scenes),
         "detector_on_held_out_drawings": accuracy(detector, np.stack([draw(scene) for scene in held_out]), held_out),
-        "clip_own_prompt_is_nearest": share(int((own >= similarity.max(dim=0).values).sum()), count),
+        "nearest_by_clip": {"own prompt": share(int((own >= similarity.max(dim=0).values).sum()), count)},
     }
 
 
