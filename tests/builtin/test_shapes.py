@@ -15,8 +15,8 @@ from bakeout.builtin.shapes import load_detector
 from bakeout.builtin.shapes.evaluation import (
     accuracy,
     generate,
-    generate_without_ffn2,
     uniform_scenes,
+    without_ffn2,
 )
 from bakeout.builtin.shapes.scenes import ATTRIBUTES, Scene, draw, prompt, sample_scene
 from bakeout.builtin.shapes.similarity import clip_similarity, load_image_encoder
@@ -69,15 +69,26 @@ def test_another_order_of_the_prompts_is_judged_wrong(detector, pictures):
 
 
 def test_without_ffns_it_draws_neither_object_nor_style(pipeline, detector):
-    found = accuracy(detector, generate_without_ffn2(pipeline, PROMPTS), SCENES)
+    with without_ffn2(pipeline.unet):
+        found = accuracy(detector, generate(pipeline, PROMPTS), SCENES)
     for name in ("object", "style"):
         assert found[name]["interval_95"][0] <= 1.5 / len(ATTRIBUTES[name]), name
         assert found[name]["share"] <= 2 / len(ATTRIBUTES[name]), name
 
 
-def test_ffns_are_back_after_the_ablation(pipeline, pictures):
-    generate_without_ffn2(pipeline, PROMPTS[:1])
-    np.testing.assert_array_equal(generate(pipeline, PROMPTS[:50]), pictures[:50])
+def test_without_ffn2_is_what_zero_weights_give_and_ends(pipeline):
+    inputs = torch.ones(1, 4, 8, 8), torch.tensor(500), torch.ones(1, 77, 96)
+    zeroed = open_model("shapes").pipeline(dtype=torch.float32).unet
+    with torch.inference_mode():
+        whole = pipeline.unet(*inputs).sample
+        for name, weight in zeroed.named_parameters():
+            if name.endswith("ff.net.2.weight"):
+                weight.zero_()
+        with without_ffn2(pipeline.unet):
+            silent = pipeline.unet(*inputs).sample
+        assert torch.equal(silent, zeroed(*inputs).sample)
+        assert torch.equal(pipeline.unet(*inputs).sample, whole)
+    assert not torch.equal(silent, whole)
 
 
 def test_the_detector_reads_held_out_drawings(detector):

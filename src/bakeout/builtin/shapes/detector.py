@@ -15,7 +15,7 @@ from torch.nn import functional
 from bakeout.builtin.shapes.scenes import ATTRIBUTES, SIZE
 
 WEIGHTS = Path(__file__).parent / "detector.safetensors"
-_WIDTHS = (24, 40, 56, 72)
+_WIDTHS = (16, 32, 48, 64)
 
 
 class Verdict(dict[str, str]):
@@ -27,9 +27,9 @@ class Verdict(dict[str, str]):
 
 
 class Detector(nn.Module):
-    """Four strided convolutions, one linear head an attribute.
+    """Four strided convolutions and one more, then a linear head an attribute.
 
-    conv{0..3}.weight [24|40|56|72, in, 3, 3]; heads.<attribute>.weight [number of values, 72 * 4 * 4].
+    features.{0,3,6,9,12}.weight [16|32|48|64|64, in, 3, 3]; heads.<attribute>.weight [number of values, 64 * 4 * 4].
     """
 
     def __init__(self) -> None:

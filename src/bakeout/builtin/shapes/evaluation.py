@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -83,6 +84,8 @@ def measure(pipeline: Any, detector: Detector, image_encoder: Any, count: int = 
     scenes = uniform_scenes(count)
     prompts = [prompt(scene) for scene in scenes]
     pictures = generate(pipeline, prompts)
+    with without_ffn2(pipeline.unet):
+        silent = generate(pipeline, prompts)
     rng = np.random.default_rng([HELD_OUT_SEED, 1])
     held_out = [sample_scene(rng) for _ in range(drawings)]
     similarity = clip_similarity(prompts, pictures, pipeline, image_encoder)
@@ -96,24 +99,25 @@ def measure(pipeline: Any, detector: Detector, image_encoder: Any, count: int = 
             "seeds": f"0 to {count - 1}",
         },
         "accuracy": accuracy(detector, pictures, scenes),
-        "accuracy_without_ffn2": accuracy(detector, generate_without_ffn2(pipeline, prompts), scenes),
+        "accuracy_without_ffn2": accuracy(detector, silent, scenes),
         "detector_on_held_out_drawings": accuracy(detector, np.stack([draw(scene) for scene in held_out]), held_out),
         "nearest_by_clip": {"own prompt": share(int((own >= similarity.max(dim=0).values).sum()), count)},
     }
 
 
-def generate_without_ffn2(pipeline: Any, prompts: Sequence[str]) -> NDArray[np.uint8]:
-    """`generate` with all FFN-2 weights of the UNet at zero; the pipeline is as before afterwards."""
-    weights = {name: p for name, p in pipeline.unet.named_parameters() if name.endswith("ff.net.2.weight")}
-    kept = {name: weight.detach().clone() for name, weight in weights.items()}
-    with torch.no_grad():
-        try:
-            for weight in weights.values():
-                weight.zero_()
-            return generate(pipeline, prompts)
-        finally:
-            for name, weight in weights.items():
-                weight.copy_(kept[name])
+@contextmanager
+def without_ffn2(unet: Any) -> Iterator[None]:
+    """Inside, the UNet computes as if the weights of all its FFN-2 layers were zero: only their biases are left."""
+    handles = [
+        module.register_forward_pre_hook(lambda _module, inputs: (torch.zeros_like(inputs[0]),))
+        for name, module in unet.named_modules()
+        if name.endswith("ff.net.2")
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def write_accuracy(measured: Mapping[str, Any], folder: Path) -> None:
