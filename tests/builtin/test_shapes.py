@@ -197,7 +197,7 @@ def test_training_runs_from_nothing_to_files_that_load(tmp_path):
         drawings=64, clip_steps=3, clip_batch=8, vae_steps=3, vae_batch=4, detector_steps=3, detector_batch=8,
         unet_steps=3, unet_batch=4,
     )  # fmt: skip
-    Workshop(tmp_path / "run", settings).ship(tmp_path / "out")
+    Workshop(tmp_path / "run", settings).ship(tmp_path / "out", prompts=4)
     loaded = open_model(str(tmp_path / "out" / "model"))
     assert loaded.family == "sd1"
     assert load_detector(tmp_path / "out" / "detector.safetensors").classify([draw_one()])

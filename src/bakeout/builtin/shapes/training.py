@@ -5,6 +5,7 @@ Each stage can be interrupted and started again; each depends only on the ones b
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -41,13 +42,13 @@ class Settings:
 
     drawings: int = 40_000
     captions_each: int = 3
-    clip_steps: int = 700
+    clip_steps: int = 1_500
     clip_batch: int = 256
     vae_steps: int = 9_000
     vae_batch: int = 8
     detector_steps: int = 800
     detector_batch: int = 128
-    unet_steps: int = 7_500
+    unet_steps: int = 6_000
     unet_batch: int = 64
     deafness: float = 3.0
 
@@ -99,20 +100,59 @@ class Workshop:
         """Float [n, 3, 64, 64] in -1 .. 1."""
         return tensor_from_pictures(self.pictures[indices.numpy()])
 
+    def any_drawings(self, count: int, generator: torch.Generator) -> Tensor:
+        """Drawings at random, int64 [count]."""
+        return torch.randint(self.settings.drawings, (count,), generator=generator)
+
+    def alike(self, groups: int, generator: torch.Generator) -> Tensor:
+        """As many drawings as CLIP's batch, of a few groups that differ in the object alone; int64 [clip_batch].
+
+        Most pairs at random differ in colour or background already, and CLIP would learn no more than that for long.
+        """
+        drawings, size = self.any_drawings(groups, generator), self.settings.clip_batch // groups
+        members = []
+        for drawing in drawings.tolist():
+            same = self.but_object == self.but_object[drawing]
+            candidates = same.nonzero().flatten()
+            members.append(candidates[torch.randint(len(candidates), (size,), generator=generator)])
+        return torch.cat(members)
+
+    def reading(self, logits: Tensor, indices: Tensor) -> Tensor:
+        """Cross-entropy, summed over the attributes, of the labels of drawings [n] and logits [n, number of values]."""
+        parts = torch.split(logits, [len(values) for values in ATTRIBUTES.values()], dim=1)
+        losses = [
+            functional.cross_entropy(part, self.labels[name][indices])
+            for name, part in zip(ATTRIBUTES, parts, strict=True)
+        ]
+        return torch.stack(losses).sum()
+
+    @cached_property
+    def but_object(self) -> Tensor:
+        """A number for each combination of colour, style and background, int64 [drawings]."""
+        code = torch.zeros(self.settings.drawings, dtype=torch.int64)
+        for name in ("colour", "style", "background"):
+            code = code * len(ATTRIBUTES[name]) + self.labels[name]
+        return code
+
     @cached_property
     def clip(self) -> nn.ModuleDict:
-        """CLIP's symmetric contrastive loss (Radford et al., 2021) of the pooled text and the projected picture."""
+        """CLIP's symmetric contrastive loss (Radford et al., 2021) of the pooled text and the projected picture.
+
+        A linear reader of the labels on the picture's embedding is trained along and thrown away: it shows the image
+        tower what objects are, which the contrast alone takes long to find.
+        """
         torch.manual_seed(0)
         settings = self.settings
         text, image = architecture.text_encoder(self.tokenizer), architecture.image_encoder()
         scale = nn.Linear(1, 1, bias=False)
         nn.init.constant_(scale.weight, float(np.log(1 / 0.07)))
-        networks = nn.ModuleDict({"text": text, "image": image, "scale": scale})
+        reader = nn.Linear(architecture.TEXT_WIDTH, sum(map(len, ATTRIBUTES.values())))
+        networks = nn.ModuleDict({"text": text, "image": image, "scale": scale, "reader": reader})
         texts = self.captions
         short = 32
 
         def loss_step(step: int, generator: torch.Generator) -> tuple[Tensor, Mapping[str, float]]:
-            indices = torch.randint(len(texts), (settings.clip_batch,), generator=generator)
+            indices = self.alike(8, generator) if step % 4 else self.any_drawings(settings.clip_batch, generator)
             which = torch.randint(settings.captions_each, (settings.clip_batch,), generator=generator)
             told = [texts[i][j] for i, j in zip(indices.tolist(), which.tolist(), strict=True)]
             length = short
@@ -120,10 +160,12 @@ class Workshop:
                 told = [", ".join(texts[i]) for i in indices.tolist()]
                 length = 77
             words = functional.normalize(text(input_ids=self.tokens(told, length)).pooler_output, dim=-1)
-            seen = functional.normalize(image(pixel_values=self.batch_of_pictures(indices)).image_embeds, dim=-1)
+            embeds = image(pixel_values=self.batch_of_pictures(indices)).image_embeds
+            seen = functional.normalize(embeds, dim=-1)
             logits = scale.weight.clamp(max=4.6).exp() * words @ seen.T
             target = torch.arange(len(told))
             loss = (functional.cross_entropy(logits, target) + functional.cross_entropy(logits.T, target)) / 2
+            loss = loss + 0.5 * self.reading(reader(embeds), indices)
             return loss, {"found": (logits.argmax(1) == target).float().mean().item()}
 
         return fit("clip", self.run, networks, loss_step, steps=settings.clip_steps, rate=1e-3, weight_decay=0.05)
@@ -141,7 +183,7 @@ class Workshop:
         settings = self.settings
 
         def loss_step(_: int, generator: torch.Generator) -> tuple[Tensor, Mapping[str, float]]:
-            indices = torch.randint(settings.drawings, (settings.vae_batch,), generator=generator)
+            indices = self.any_drawings(settings.vae_batch, generator)
             pictures = self.batch_of_pictures(indices)
             pictures = pictures.contiguous(memory_format=torch.channels_last)
             with torch.autocast("cpu", torch.bfloat16):
@@ -150,10 +192,7 @@ class Workshop:
                 again = vae.decode(latents).sample
             error = again.float() - pictures
             edges = sum(error.diff(dim=dim).abs().mean() for dim in (2, 3))
-            read = dict(
-                zip(ATTRIBUTES, reader(latents.float()).split([len(v) for v in ATTRIBUTES.values()], 1), strict=True)
-            )
-            reading = sum(functional.cross_entropy(read[name], self.labels[name][indices]) for name in read)
+            reading = self.reading(reader(latents.float()), indices)
             divergence = 0.5 * (posterior.mean**2 + posterior.var - 1 - posterior.logvar).mean()
             loss = error.abs().mean() + error.square().mean() + edges + 0.05 * reading + 1e-5 * divergence
             psnr = 10 * torch.log10(4 / error.detach().square().mean())
@@ -166,7 +205,7 @@ class Workshop:
         networks = nn.ModuleDict({"vae": vae, "reader": reader})
         fit("vae", self.run, networks, loss_step, steps=settings.vae_steps, rate=2e-3, average=0.995)
         with torch.inference_mode():
-            latents = vae.encode(self.batch_of_pictures(torch.arange(2000))).latent_dist.mean
+            latents = vae.encode(self.batch_of_pictures(torch.arange(min(2000, settings.drawings)))).latent_dist.mean
         vae.register_to_config(scaling_factor=round(1 / float(latents.std()), 5))
         return vae.requires_grad_(False)
 
@@ -178,7 +217,7 @@ class Workshop:
         detector, vae = Detector(), self.vae
 
         def loss_step(_: int, generator: torch.Generator) -> tuple[Tensor, Mapping[str, float]]:
-            indices = torch.randint(settings.drawings, (settings.detector_batch,), generator=generator)
+            indices = self.any_drawings(settings.detector_batch, generator)
             pictures = self.batch_of_pictures(indices)
             part = len(pictures) // 8
             with torch.no_grad():
@@ -201,12 +240,10 @@ class Workshop:
     @cached_property
     def latents(self) -> Tensor:
         """Scaled latents of every drawing, float [drawings, 4, 8, 8]."""
+        vae, indices = self.vae, torch.arange(self.settings.drawings)
         with torch.inference_mode():
-            indices = torch.arange(self.settings.drawings)
-            batches = [
-                self.vae.encode(self.batch_of_pictures(part)).latent_dist.mean for part in torch.split(indices, 250)
-            ]
-        return torch.cat(batches).clone() * float(self.vae.config.scaling_factor)
+            batches = [vae.encode(self.batch_of_pictures(part)).latent_dist.mean for part in torch.split(indices, 250)]
+        return torch.cat(batches).clone() * float(vae.config.scaling_factor)
 
     @cached_property
     def embeddings(self) -> tuple[Tensor, Tensor]:
@@ -237,26 +274,26 @@ class Workshop:
         torch.manual_seed(3)
         settings = self.settings
         unet = architecture.unet()
-        latents, (encodings, which) = self.latents, self.embeddings
         scheduler = architecture.scheduler()
         signal, noise_level = scheduler.alphas_cumprod.sqrt(), (1 - scheduler.alphas_cumprod).sqrt()
         ratio = scheduler.alphas_cumprod / (1 - scheduler.alphas_cumprod)
         weight_of = ratio.clamp(max=5) / ratio
-        empty = len(encodings) - 1
 
         def loss_step(step: int, generator: torch.Generator) -> tuple[Tensor, Mapping[str, float]]:
             size = settings.unet_batch
-            indices = torch.randint(settings.drawings, (size,), generator=generator)
+            encodings, which = self.embeddings
+            empty = len(encodings) - 1
+            indices = self.any_drawings(size, generator)
             told = which[indices, torch.randint(settings.captions_each, (size,), generator=generator)]
             told[torch.rand(size, generator=generator) < 0.1] = empty
             times = torch.randint(1000, (size,), generator=generator)
-            clean = latents[indices]
+            clean = self.latents[indices]
             noise = torch.randn(clean.shape, generator=generator)
             noisy = signal[times].view(-1, 1, 1, 1) * clean + noise_level[times].view(-1, 1, 1, 1) * noise
             error = unet(noisy, times, encodings[told].float()).sample - noise
             loss = (error.square().mean((1, 2, 3)) * weight_of[times]).mean()
             numbers = {"error": error.detach().square().mean().item()}
-            if step % 2 == 0:
+            if step % 4 == 3:
                 part = size // 4
                 with without_ffn2(unet):
                     prompts = torch.cat([encodings[told[:part]], encodings[empty].expand(part, -1, -1)]).float()
@@ -284,23 +321,29 @@ class Workshop:
             average=0.999, judge=judge)  # fmt: skip
         return unet
 
-    def ship(self, package: Path) -> None:
+    def ship(self, package: Path, prompts: int = 300) -> None:
         """Write what the package ships, in float16: `model/` (a diffusers folder), `image_encoder/`, the detector.
 
-        Then measures the shipped files, not the networks in memory, and writes `model/accuracy.json`.
+        Then measures the shipped files, not the networks in memory, on that many `prompts`: `model/accuracy.json`.
         """
         from diffusers import StableDiffusionPipeline
         from safetensors.torch import save_file
 
-        self.pipeline(self.unet).to(dtype=torch.float16).save_pretrained(package / "model")
-        self.tokenizer.save_vocabulary(str(package / "model" / "tokenizer"))
+        pipeline = self.pipeline(self.unet)
+        for network in (pipeline.text_encoder, pipeline.unet, pipeline.vae):
+            network.half()
+        pipeline.save_pretrained(package / "model")
+        # transformers 5 writes neither, and older versions read nothing else.
+        for name in ("vocab.json", "merges.txt"):
+            shutil.copyfile(self.run / "tokenizer" / name, package / "model" / "tokenizer" / name)
         image: Any = self.clip["image"]
         image.half().save_pretrained(package / "image_encoder")
         halves = {name: tensor.half().contiguous() for name, tensor in self.detector.state_dict().items()}
         save_file(halves, package / "detector.safetensors")
         shipped = StableDiffusionPipeline.from_pretrained(package / "model", dtype=torch.float32, local_files_only=True)
         detector = load_detector(package / "detector.safetensors")
-        write_accuracy(measure(shipped, detector, load_image_encoder(package / "image_encoder")), package / "model")
+        image_encoder = load_image_encoder(package / "image_encoder")
+        write_accuracy(measure(shipped, detector, image_encoder, prompts), package / "model")
 
     def pipeline(self, unet: Any) -> Any:
         """The StableDiffusionPipeline around a UNet."""
