@@ -65,7 +65,7 @@ def evaluate(count: int, save: bool) -> None:
               help="Where the finished model goes. [default: into this package]")  # fmt: skip
 @click.option("--set", "changes", multiple=True, metavar="NAME=NUMBER", help="Change a setting of the training.")
 def train(run: Path, out: Path, changes: tuple[str, ...]) -> None:
-    """Train everything: tokenizer, CLIP, VAE, detector, UNet. About two hours on four cores."""
+    """Train everything: tokenizer, CLIP, VAE, detector, UNet. Took about an hour on four cores."""
     from bakeout.builtin.shapes.training import Settings, Workshop
 
     known = [field.name for field in fields(Settings)]
