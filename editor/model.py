@@ -132,6 +132,8 @@ def open_model(source: str | os.PathLike[str]) -> Model:
 
     text = os.fspath(source)
     if isinstance(source, str) and source in BUILTIN:
+        if not BUILTIN[source].is_dir():
+            raise InputError(f"this installation of bakeout lacks its built-in model {source}; install bakeout again")
         return open_folder(BUILTIN[source], text, "builtin")
     path = _existing(text)
     if path is None:

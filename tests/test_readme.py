@@ -55,5 +55,9 @@ def test_the_commands_of_the_readme_run(root, tmp_path):
 
 
 def test_the_python_of_the_readme_runs(root):
-    for block in blocks((root / "README.md").read_text(encoding="utf-8"), "python"):
-        exec(compile(block, "<python of README.md>", "exec"), {})
+    (block,) = blocks((root / "README.md").read_text(encoding="utf-8"), "python")
+    names = {}
+    exec(compile(block, "<python of README.md>", "exec"), names)
+    assert names["picture"].size == (64, 64)
+    darkest, brightest = names["picture"].convert("L").getextrema()
+    assert darkest < brightest

@@ -41,6 +41,15 @@ _debug_option = click.option(
     callback=_remember_debug,
     help="Show tracebacks and the libraries' messages.",
 )
+_folder_option = click.option(
+    "-o",
+    "--output",
+    "folder",
+    metavar="DIR",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="Folder of the pictures.",
+)
 
 
 class _Group(click.Group):
@@ -116,15 +125,7 @@ def main() -> None:
     help="auto is fp16 on a GPU, fp32 on the CPU.",
 )
 @click.option("--batch", type=int, default=4, show_default=True, help="Pictures that are drawn at a time.")
-@click.option(
-    "-o",
-    "--output",
-    "folder",
-    metavar="DIR",
-    type=click.Path(path_type=Path),
-    required=True,
-    help="Folder of the pictures.",
-)
+@_folder_option
 @click.option("--force", is_flag=True, help="Overwrite pictures that are there already.")
 @_debug_option
 def generate(
@@ -194,15 +195,7 @@ def inspect(model: str) -> None:
 
 
 @main.command(epilog=_EXIT_CODES)
-@click.option(
-    "-o",
-    "--output",
-    "folder",
-    metavar="DIR",
-    type=click.Path(path_type=Path),
-    required=True,
-    help="Folder of the pictures.",
-)
+@_folder_option
 @_debug_option
 def demo(folder: Path) -> None:
     """Draw four pictures with the built-in model `shapes` and print what its own detector sees in them.

@@ -269,3 +269,9 @@ def test_the_built_in_folder_is_found_through_the_link() -> None:
     package = Path(model_file.__file__).parent.parent
     assert model_file.BUILTIN["shapes"] == package / "builtin" / "shapes" / "model"
     assert (package / "py.typed").is_file()
+
+
+def test_an_installation_without_its_built_in_model_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(model_file.BUILTIN, "shapes", tmp_path / "gone")
+    with pytest.raises(InputError, match="lacks its built-in model shapes; install bakeout again"):
+        open_model("shapes")
