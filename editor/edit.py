@@ -1,0 +1,551 @@
+"""The Edit: what a method found, as static operations at named sites, and nothing about how they will be realised.
+
+At one Linear with weight W [d_out, d_in] and bias b, for input x and output y, the operations mean together
+
+    x' = where(M_in, v_in, x)                                 PatchActivation(at="input")
+    y  = b + sum_j W_ij (1 - P_ij) (E_ij e_j + (1 - E_ij) x'_j)    P: PatchWeightInput without value, E, e: with one
+    y' = where(M_out, v_out, y)                               PatchActivation(at="output")
+    y" = y' + sum of v                                        ShiftActivation, SteerLatents (which read y')
+
+that is: weight edits, then patches, then shifts, and a patch's constants go through the already edited weight. The
+methods are of ConceptPrune (Chavhan et al., 2024; pruning: P), ActErase (patches) and SNCE (shifts, latents).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from functools import cached_property, reduce
+from pathlib import Path
+from typing import Any, ClassVar, Literal, TypeAlias, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bakeout.editor.checkpoint_header import read_header
+from bakeout.editor.errors import InputError
+from bakeout.editor.sites import Site
+
+FORMAT_VERSION = 1
+_METADATA_KEY = "bakeout.edit"
+_VALUE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+# Ours, and nothing that could forge a line of a report.
+_SITE_NAME = re.compile(r"\w+(\.\w+)*", re.ASCII)
+# Which rows of a batch an operation on a text encoder acts on: all, or all but those of an empty prompt.
+Rows = Literal["all", "prompted"]
+
+
+class _Operation:
+    """What the four records share: equality by value, a digest, and a place in the order of an Edit."""
+
+    site: str
+    rank: ClassVar[int]
+
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other) and self.digest == other.digest
+
+    __hash__ = None  # type: ignore[assignment]
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the record's type, fields, and its tensors' dtypes, shapes and bytes."""
+        said, tensors = _encode(self)
+        total = hashlib.sha256(_canonical(said).encode())
+        for name, tensor in sorted(tensors.items()):
+            total.update(f"{name} {_tensor_digest(tensor)}".encode())
+        return total.hexdigest()
+
+    @property
+    def touched(self) -> tuple[int, int, str]:
+        """How many of how many things the operation changes, and what they are: weights, features, neurons."""
+        raise NotImplementedError
+
+    def __repr__(self) -> str:
+        count, of, what = self.touched
+        return f"{type(self).__name__} {self.site}: {count:,} of {of:,} {what} ({count / max(of, 1):.2%})"
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class PatchWeightInput(_Operation):
+    """What single weights of a Linear see: W ⊙ (1 - M), b + (W ⊙ M) e.
+
+    Attributes:
+        site: a site with a weight [d_out, d_in].
+        mask: bool [d_out, d_in], M.
+        value: float [d_in], e, what the masked weights see in place of the input; None is zero: pruning.
+    """
+
+    site: str
+    mask: Tensor
+    value: Tensor | None = None
+    rank: ClassVar[int] = 0
+
+    def __post_init__(self) -> None:
+        _check_site(self.site)
+        _check_mask(self.site, self.mask, (2,))
+        if self.value is not None:
+            _check_value(self.site, self.value, (self.mask.shape[1],))
+
+    @property
+    def touched(self) -> tuple[int, int, str]:
+        """Weights that no longer see their input."""
+        return int(self.mask.sum()), self.mask.numel(), "weights"
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class PatchActivation(_Operation):
+    """Features of a Linear's input or output at a constant: where(M, v, x).
+
+    Attributes:
+        site: a site with a weight [d_out, d_in].
+        at: `input` or `output` of the Linear.
+        mask: bool [d] (features, at every token) or [tokens, d] (valid for one number of tokens only), M.
+        value: float, as the mask, v.
+    """
+
+    site: str
+    at: Literal["input", "output"]
+    mask: Tensor
+    value: Tensor
+    rank: ClassVar[int] = 1
+
+    def __post_init__(self) -> None:
+        _check_site(self.site)
+        _check(self.site, self.at in ("input", "output"), "a patch is at the input or the output")
+        _check_mask(self.site, self.mask, (1, 2))
+        _check_value(self.site, self.value, tuple(self.mask.shape))
+
+    @property
+    def touched(self) -> tuple[int, int, str]:
+        """Features (or pairs of token and feature) that are constant now."""
+        return int(self.mask.sum()), self.mask.numel(), "features" if self.mask.ndim == 1 else "tokens x features"
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class ShiftActivation(_Operation):
+    """A constant added to a site's output: y + v.
+
+    Attributes:
+        site: a site of any kind.
+        value: float [d_out] or [tokens, d_out], v, with the strength in it.
+        rows: `all`, or `prompted`: not those of an empty prompt.
+        neuron: what the shift stands for, as `<SAE's hash>:<neuron>`; of two shifts for one neuron the stronger counts.
+        strength: λ, already in `value`.
+    """
+
+    site: str
+    value: Tensor
+    rows: Rows = "all"
+    neuron: str = ""
+    strength: float = 1.0
+    rank: ClassVar[int] = 2
+
+    def __post_init__(self) -> None:
+        _check_site(self.site)
+        _check(self.site, self.value.ndim in (1, 2), "a shift is [(n,) d_out]")
+        _check_value(self.site, self.value, tuple(self.value.shape))
+        _check(self.site, isinstance(self.neuron, str), "the neuron is not a name")
+        _check(self.site, type(self.strength) in (int, float), "the strength is not a number")
+        _check_rows_and_strength(self.site, self.rows, [self.strength])
+        # 1 and 1.0 are one strength and must have one digest.
+        object.__setattr__(self, "strength", float(self.strength))
+
+    @property
+    def touched(self) -> tuple[int, int, str]:
+        """Entries of the shift that are not zero."""
+        what = "features" if self.value.ndim == 1 else "tokens x features"
+        return int(self.value.count_nonzero()), self.value.numel(), what
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class SteerLatents(_Operation):
+    """Neurons of a TopK sparse autoencoder taken out of a site's output: y - sum_r λ_r z_r D_:r.
+
+    z = relu(topk(E (y - c) + e, k)); of equal activations the lower index counts as the larger.
+
+    Attributes:
+        site: a site of any kind.
+        encoder: float [m, d_out], E (W_enc).
+        encoder_bias: float [m], e (b_enc).
+        center: float [d_out], c (b_pre).
+        k: how many latents of a token are not zero.
+        neurons: int64 [r], rising.
+        directions: float [d_out, r], D: the neurons' columns of W_dec.
+        strengths: float [r], λ.
+        rows: as in ShiftActivation.
+    """
+
+    site: str
+    encoder: Tensor
+    encoder_bias: Tensor
+    center: Tensor
+    k: int
+    neurons: Tensor
+    directions: Tensor
+    strengths: Tensor
+    rows: Rows = "all"
+    rank: ClassVar[int] = 3
+
+    def __post_init__(self) -> None:
+        _check_site(self.site)
+        _check(self.site, self.encoder.ndim == 2 and self.neurons.ndim == 1, "the encoder is not [m, d] or R not [r]")
+        latents, width = self.encoder.shape
+        count = len(self.neurons)
+        for value, shape in (
+            (self.encoder, (latents, width)), (self.encoder_bias, (latents,)), (self.center, (width,)),
+            (self.directions, (width, count)), (self.strengths, (count,)),
+        ):  # fmt: skip
+            _check_value(self.site, value, shape)
+        rising = self.neurons.dtype == torch.int64 and bool((self.neurons.diff() > 0).all())
+        inside = count > 0 and int(self.neurons.min()) >= 0 and int(self.neurons.max()) < latents
+        _check(self.site, rising and inside, f"the neurons are not rising numbers below {latents}")
+        k_fits = type(self.k) is int and 1 <= self.k <= latents
+        _check(self.site, k_fits, f"k is {self.k!a:.20}: it must be a whole number between 1 and {latents}")
+        _check_rows_and_strength(self.site, self.rows, self.strengths.tolist())
+
+    @property
+    def touched(self) -> tuple[int, int, str]:
+        """Neurons that are taken out."""
+        return len(self.neurons), len(self.encoder), "neurons"
+
+
+Operation: TypeAlias = PatchWeightInput | PatchActivation | ShiftActivation | SteerLatents
+_OPERATIONS: Mapping[str, type[Operation]] = {
+    record.__name__: record for record in (PatchWeightInput, PatchActivation, ShiftActivation, SteerLatents)
+}
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where operations come from.
+
+    Attributes:
+        method: a key of `bakeout.editor.methods.METHODS`.
+        concept: what was erased, in the user's words.
+        settings: the method's settings as they were used, JSON.
+        prompts: SHA-256 of the prompt pairs.
+        pairs: how many there were.
+    """
+
+    method: str
+    concept: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    prompts: str = ""
+    pairs: int = 0
+
+    def __post_init__(self) -> None:
+        texts = (self.method, self.concept, self.prompts)
+        if not all(isinstance(text, str) for text in texts) or not self.method.isidentifier():
+            raise ValueError("an origin's method, concept and prompts are not texts")
+        if not isinstance(self.settings, Mapping) or type(self.pairs) is not int or self.pairs < 0:
+            raise ValueError("an origin's settings are not a table, or its pairs not a number")
+        # As a file gives them back: a tuple is a list there.
+        object.__setattr__(self, "settings", json.loads(_canonical(dict(self.settings))))
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Edit:
+    """What methods found: operations, at most one of a sort at a site (`merge` sees to that), and their origins.
+
+    Both are kept in an order of their own, so that the order in which they were given changes nothing.
+    """
+
+    operations: tuple[Operation, ...]
+    origins: tuple[Origin, ...] = ()
+
+    def __post_init__(self) -> None:
+        operations = sorted(self.operations, key=lambda it: (_natural(it.site), it.rank, it.digest))
+        object.__setattr__(self, "operations", tuple(operations))
+        object.__setattr__(self, "origins", tuple(sorted(self.origins, key=lambda it: _canonical(vars(it)))))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Edit) and self.digest == other.digest
+
+    def __hash__(self) -> int:
+        return hash(self.digest)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the operations and origins: Edits are equal when their digests are."""
+        parts = [*(operation.digest for operation in self.operations), *(_canonical(vars(it)) for it in self.origins)]
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+    def __repr__(self) -> str:
+        head = "; ".join(
+            f"{it.method} {it.concept!r}" + (f" ({it.pairs} pairs)" if it.pairs else "") for it in self.origins
+        )
+        return "\n  ".join([f"Edit[{head}]" if head else "Edit", *map(repr, self.operations)])
+
+    def save(self, path: Path) -> None:
+        """Write one safetensors file; masks are packed, eight to a byte.
+
+        The same Edit gives the same bytes. What is not tensors is JSON in the file's metadata.
+        """
+        from safetensors.torch import save_file
+
+        tensors: dict[str, Tensor] = {}
+        records = []
+        for number, operation in enumerate(self.operations):
+            said, own = _encode(operation)
+            records.append(said)
+            # The library refuses tensors that share memory, as one value at several sites does.
+            copies = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in own.items()}
+            tensors |= {f"{number:04}.{name}": tensor for name, tensor in copies.items()}
+        said = {"version": FORMAT_VERSION, "operations": records, "origins": [vars(it) for it in self.origins]}
+        # One key: the library writes several in an order that changes from run to run.
+        save_file(tensors, path, metadata={_METADATA_KEY: _canonical(said)})
+
+    @classmethod
+    def load(cls, path: Path) -> Edit:
+        """Read what `save` wrote. Raises InputError for any other file, and for one of a newer version."""
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        text = read_header(path).metadata.get(_METADATA_KEY)
+        if text is None:
+            raise InputError(f"{path} holds no Edit; give the edit.safetensors of an artifact")
+        try:
+            said = json.loads(text)
+            version = said["version"]
+            if type(version) is not int or version != FORMAT_VERSION:
+                raise InputError(
+                    f"{path} is of version {version!a:.20} and this bakeout reads {FORMAT_VERSION}; "
+                    "install the bakeout that wrote it"
+                )
+            tensors: dict[str, dict[str, Tensor]] = defaultdict(dict)
+            for name, tensor in load_file(path).items():
+                number, _, own_name = name.partition(".")
+                tensors[number][own_name] = tensor
+            operations = [
+                _decode(record, tensors.pop(f"{number:04}", {})) for number, record in enumerate(said["operations"])
+            ]
+            if tensors:
+                raise ValueError("it has tensors of no operation")
+            return cls(tuple(operations), tuple(Origin(**origin) for origin in said["origins"]))
+        except InputError:
+            raise
+        except (
+            ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RuntimeError, SafetensorError,
+        ) as error:  # fmt: skip
+            what = str(error).partition("\n")[0]
+            raise InputError(
+                f"{path} is not a whole Edit ({type(error).__name__}: {what:.200}); take it from the artifact again"
+            ) from None
+
+
+def check_fits(operation: Operation, site: Site) -> None:
+    """Raise InputError if `operation` cannot act on `site`: other widths, no Linear, or no prompts to tell apart."""
+    if isinstance(operation, PatchWeightInput | PatchActivation) and site.weight is None:
+        raise InputError(f"{site.name} is no Linear, so {type(operation).__name__} cannot act on it; use a site of one")
+    given: tuple[int, ...]
+    expected: tuple[int, ...] = (site.d_out,)
+    if isinstance(operation, PatchWeightInput):
+        given, expected = tuple(operation.mask.shape), (site.d_out, site.d_in)
+    elif isinstance(operation, PatchActivation):
+        given, expected = (operation.mask.shape[-1],), (site.d_in if operation.at == "input" else site.d_out,)
+    elif isinstance(operation, ShiftActivation):
+        given = (operation.value.shape[-1],)
+    else:
+        given = (operation.encoder.shape[1],)
+    if given != expected:
+        raise InputError(
+            f"this Edit was made for another model: at {site.name} it has width {_sizes(given)} where the model has "
+            f"{_sizes(expected)}; use the model that it was made for"
+        )
+    if getattr(operation, "rows", "all") == "prompted" and not site.component.startswith("text_encoder"):
+        raise InputError(f"{site.name} sees no prompts, so an operation there cannot skip empty ones; use rows = 'all'")
+
+
+def _sizes(sizes: Sequence[int]) -> str:
+    return " x ".join(map(str, sizes))
+
+
+def merge(edits: Iterable[Edit]) -> Edit:
+    """One Edit that does what all of them do; all were calibrated on the base model.
+
+    At a site: prunings are the OR of their masks. Patches are the OR of their masks, and where several patch the same
+    feature the mean of their values (ActErase, Eq. 7-8). Shifts and latents all read what no other of them changed, and
+    add up; a neuron that is chosen twice takes the larger λ. The order of `edits` changes nothing. A mean of means is
+    another mean: merge all at once.
+
+    Raises:
+        InputError: two edits that do not fit one model, or patches for different numbers of tokens.
+    """
+    edits = list(edits)
+    groups: dict[tuple[object, ...], list[Operation]] = defaultdict(list)
+    # Sorted, so that sums over a group come out the same to the last bit.
+    for operation in sorted((it for edit in edits for it in edit.operations), key=lambda it: it.digest):
+        groups[(type(operation), operation.site, *_sort_of(operation))].append(operation)
+    merged = [group[0] if len(group) == 1 else _MERGES[type(group[0])](group) for group in groups.values()]
+    origins = {_canonical(vars(it)): it for edit in edits for it in edit.origins}
+    return Edit(tuple(merged), tuple(origins.values()))
+
+
+def _sort_of(operation: Operation) -> tuple[object, ...]:
+    """What operations at one site must share to become one."""
+    if isinstance(operation, PatchWeightInput):
+        return (operation.value is None,)
+    if isinstance(operation, PatchActivation):
+        return (operation.at,)
+    if isinstance(operation, ShiftActivation):
+        return operation.rows, operation.neuron or operation.digest
+    autoencoder = (operation.encoder, operation.encoder_bias, operation.center)
+    return operation.rows, operation.k, *(_tensor_digest(part) for part in autoencoder)
+
+
+def _merge_weight_inputs(group: Sequence[Any]) -> PatchWeightInput:
+    mask = _either(group)
+    if group[0].value is None:
+        return PatchWeightInput(group[0].site, mask)
+    # One value a column, so a column's mean is over the edits that mask any weight of it.
+    return PatchWeightInput(group[0].site, mask, _masked_mean([it.mask.any(0) for it in group], group))
+
+
+def _merge_patches(group: Sequence[Any]) -> PatchActivation:
+    first = group[0]
+    return PatchActivation(first.site, first.at, _either(group), _masked_mean([it.mask for it in group], group))
+
+
+def _merge_shifts(group: Sequence[Any]) -> ShiftActivation:
+    return cast(ShiftActivation, max(group, key=lambda it: (it.strength, it.digest)))
+
+
+def _merge_latents(group: Sequence[Any]) -> SteerLatents:
+    first = group[0]
+    chosen: dict[int, tuple[float, Tensor]] = {}
+    for it in group:
+        for column, (neuron, strength) in enumerate(zip(it.neurons.tolist(), it.strengths.tolist(), strict=True)):
+            if neuron not in chosen or strength > chosen[neuron][0]:
+                chosen[neuron] = strength, it.directions[:, column]
+    neurons = sorted(chosen)
+    return SteerLatents(
+        first.site, first.encoder, first.encoder_bias, first.center, first.k,
+        torch.tensor(neurons), torch.stack([chosen[neuron][1] for neuron in neurons], dim=1),
+        torch.tensor([chosen[neuron][0] for neuron in neurons], dtype=_common_dtype([it.strengths for it in group])),
+        first.rows,
+    )  # fmt: skip
+
+
+_MERGES: Mapping[type[Operation], Callable[[Sequence[Any]], Operation]] = {
+    PatchWeightInput: _merge_weight_inputs,
+    PatchActivation: _merge_patches,
+    ShiftActivation: _merge_shifts,
+    SteerLatents: _merge_latents,
+}
+
+
+def _either(group: Sequence[Any]) -> Tensor:
+    shapes = {tuple(it.mask.shape) for it in group}
+    if len(shapes) > 1:
+        listed = " and ".join(map(str, sorted(shapes)))
+        raise InputError(
+            f"edits at {group[0].site} have masks of shapes {listed}; calibrate all of them on one model at one size"
+        )
+    masks: list[Tensor] = [it.mask for it in group]
+    return reduce(torch.logical_or, masks)
+
+
+def _masked_mean(masks: Sequence[Tensor], group: Sequence[Any]) -> Tensor:
+    """The mean, in fp64 rounded once, of the values whose mask holds; zero where none does."""
+    total = torch.stack([it.value.double() * mask for mask, it in zip(masks, group, strict=True)]).sum(0)
+    count = torch.stack(list(masks)).sum(0)
+    return (total / count.clamp(min=1)).to(_common_dtype([it.value for it in group]))
+
+
+def _common_dtype(tensors: Iterable[Tensor]) -> torch.dtype:
+    return reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
+
+
+def _encode(operation: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """A record as JSON and tensors; a mask as uint8, its bits packed from the least significant one on."""
+    said: dict[str, Any] = {"operation": type(operation).__name__}
+    tensors: dict[str, Tensor] = {}
+    for it in fields(operation):
+        value = getattr(operation, it.name)
+        if not isinstance(value, Tensor):
+            said[it.name] = value
+        elif value.dtype == torch.bool:
+            said[it.name] = {"bits": list(value.shape)}
+            tensors[it.name] = torch.from_numpy(np.packbits(value.cpu().numpy(), bitorder="little"))
+        else:
+            said[it.name] = {"tensor": list(value.shape)}
+            tensors[it.name] = value.detach().cpu()
+    return said, tensors
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    # Not of the tensor itself: numpy has no bfloat16.
+    return tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+
+
+def _tensor_digest(tensor: Tensor) -> str:
+    return hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)}".encode() + _bytes(tensor)).hexdigest()
+
+
+def _decode(said: Any, tensors: Mapping[str, Tensor]) -> Any:
+    said = dict(said)
+    name = said.pop("operation")
+    if name not in _OPERATIONS:
+        raise ValueError(f"there is no operation {name!a:.50}")
+    record = cast(Any, _OPERATIONS[name])
+    if {it.name for it in fields(record)} != said.keys():
+        raise ValueError(f"the fields of {name} are others")
+    if {key for key, value in said.items() if isinstance(value, dict)} != tensors.keys():
+        raise ValueError(f"the tensors of {name} are others")
+    return record(
+        **{key: _tensor(key, value, tensors[key]) if key in tensors else value for key, value in said.items()}
+    )
+
+
+def _tensor(name: str, said: Mapping[str, Any], stored: Tensor) -> Tensor:
+    [(how, shape)] = said.items()
+    if not (isinstance(shape, list) and len(shape) in (1, 2) and all(type(size) is int and size > 0 for size in shape)):
+        raise ValueError(f"{name} has no shape")
+    if how == "tensor":
+        if list(stored.shape) != shape:
+            raise ValueError(f"{name} is not of shape {shape!a:.50}")
+        return stored
+    count = math.prod(shape)
+    if how != "bits" or stored.dtype != torch.uint8 or stored.shape != ((count + 7) // 8,):
+        raise ValueError(f"{name} has not the bits of a mask of shape {shape!a:.50}")
+    bits = np.unpackbits(stored.numpy(), bitorder="little", count=count)
+    return torch.from_numpy(bits.view(np.bool_).reshape(shape))
+
+
+def _canonical(said: Any) -> str:
+    return json.dumps(said, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
+
+
+def _check(site: str, holds: bool, fault: str) -> None:
+    if not holds:
+        raise ValueError(f"{site!a:.200}: {fault}")
+
+
+def _check_site(site: str) -> None:
+    _check(site, isinstance(site, str) and _SITE_NAME.fullmatch(site) is not None, "this is not the name of a site")
+
+
+def _check_mask(site: str, mask: Tensor, dimensions: tuple[int, ...]) -> None:
+    fits = mask.dtype == torch.bool and mask.ndim in dimensions and mask.numel() > 0
+    _check(site, fits, f"the mask is not bool of {' or '.join(map(str, dimensions))} dimensions")
+
+
+def _check_value(site: str, value: Tensor, shape: tuple[int, ...]) -> None:
+    _check(site, tuple(value.shape) == shape, f"a value has shape {list(value.shape)}, not {list(shape)}")
+    fits = value.dtype in _VALUE_DTYPES and value.numel() > 0 and bool(value.isfinite().all())
+    _check(site, fits, "a value is not finite floating point")
+
+
+def _check_rows_and_strength(site: str, rows: str, strengths: Sequence[float]) -> None:
+    _check(site, rows in ("all", "prompted"), "the rows are neither all nor prompted")
+    _check(site, all(math.isfinite(strength) for strength in strengths), "a strength is not finite")
