@@ -5,11 +5,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from bakeout.editor.edit import Edit
     from bakeout.editor.errors import InputError
     from bakeout.editor.model import Model, open_model
+    from bakeout.export.artifact import Artifact
+    from bakeout.recipe import Recipe
 
 __version__ = "0.1.0.dev0"
-__all__ = ["InputError", "Model", "__version__", "open_model"]
+__all__ = ["Artifact", "Edit", "InputError", "Model", "Recipe", "__version__", "open_model"]
 
 # Git writes a symbolic link as a small text file where it may not make links.
 _links = [path for path in map(Path(__file__).with_name, ("editor", "export", "kernels", "validate")) if path.is_file()]
@@ -22,8 +25,11 @@ if _links:
 
 # Public names load on first use: what they stand on imports torch, and `import bakeout` stays light.
 _HOMES = {
+    "Artifact": "bakeout.export.artifact",
+    "Edit": "bakeout.editor.edit",
     "InputError": "bakeout.editor.errors",
     "Model": "bakeout.editor.model",
+    "Recipe": "bakeout.recipe",
     "open_model": "bakeout.editor.model",
 }
 

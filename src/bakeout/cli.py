@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ import click
 
 from bakeout import __version__
 from bakeout.editor.errors import InputError
+from bakeout.editor.methods import METHODS
 from bakeout.generate import DTYPES, SCHEDULERS, Request
 
 if TYPE_CHECKING:
@@ -79,7 +81,7 @@ def main() -> None:
     """Bake concept erasure into text-to-image models, export them, and prove that what ships erases.
 
     MODEL is everywhere the same: the built-in model `shapes`, a diffusers folder, a single .safetensors checkpoint, or
-    the id of a model on the Hugging Face hub.
+    the id of a model on the Hugging Face hub. `generate` and `inspect` also take an artifact that `bake` wrote.
 
     \b
     Example:
@@ -140,8 +142,8 @@ def generate(
 ) -> None:
     """Draw pictures with MODEL in eager PyTorch.
 
-    MODEL is the built-in model `shapes`, a diffusers folder, a single .safetensors checkpoint, or the id of a model
-    on the Hugging Face hub.
+    MODEL is the built-in model `shapes`, a diffusers folder, a single .safetensors checkpoint, the id of a model on
+    the Hugging Face hub, or an artifact that `bakeout bake` wrote.
 
     The pictures are DIR/<number of the prompt>-<seed>.png and carry as text what they were drawn from;
     DIR/pictures.json lists them. The same command draws the same pictures on the same machine; another
@@ -153,16 +155,16 @@ def generate(
       bakeout generate shapes --prompt "a star" --prompt "a ring" --seed 7 -n 3 --scheduler euler --steps 30 -o pictures
     """
     from bakeout import generate as generation
-    from bakeout.editor.model import open_model
+    from bakeout.recipe import open_any
 
     request = Request(prompts, size=None if size is None else generation.size_from_text(size), **settings)
     device = generation.device_from_text(device)
     torch_dtype = generation.dtype_from_text(dtype, device)
     _quieten_libraries()
-    opened = open_model(model)
+    opened, recommended = open_any(model)
     generation.reserve(folder, request, force=force)
     pipeline = opened.pipeline(device, torch_dtype)
-    request = generation.complete(request, pipeline, generation.recommended_settings(opened))
+    request = generation.complete(request, pipeline, recommended)
     facts = {"model": Path(model).name if Path(model).exists() else model, "device": device, "dtype": str(torch_dtype)}
     with _progress_bar(len(request.pictures)) as progress:
         entries = generation.draw_to_folder(pipeline, request, folder, facts, progress)
@@ -175,23 +177,137 @@ def generate(
 
 
 @main.command(epilog=_EXIT_CODES)
-@click.argument("model")
+@click.option(
+    "--method",
+    type=click.Choice(list(METHODS)),
+    default=next(iter(METHODS)),
+    show_default=True,
+    help="The erasure method.",
+)
+@click.option(
+    "-o",
+    "--output",
+    "path",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    default="recipe.toml",
+    show_default=True,
+    help="The recipe to write.",
+)
+@click.option("--force", is_flag=True, help="Overwrite a file that is there already.")
 @_debug_option
-def inspect(model: str) -> None:
-    """Show what MODEL is made of: its family, components, dtypes, parameters, and the sites that can be edited.
+def init(method: str, path: Path, force: bool) -> None:
+    """Write a commented recipe to start from.
 
-    MODEL is the built-in model `shapes`, a diffusers folder, a single .safetensors checkpoint, or the id of a model
-    on the Hugging Face hub. No weights are loaded. Of a built-in model it also shows how well it draws.
+    As it stands, it erases an object from the built-in model `shapes`. It explains every key, and how to turn it into
+    one for your own Stable Diffusion.
 
     \b
     Example:
-      bakeout inspect shapes
+      bakeout init --method conceptprune -o star.toml
     """
-    from bakeout.describe import describe
-    from bakeout.editor.model import open_model
+    from bakeout.init import write_recipe
+
+    write_recipe(path, method, force=force)
+    click.echo(f"{path} is written: bake it with bakeout bake {path} -o DIR")
+
+
+@main.command(epilog=_EXIT_CODES)
+@click.argument("recipe", type=click.Path(path_type=Path))
+@click.option(
+    "-o",
+    "--output",
+    "folder",
+    metavar="DIR",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="Folder of the artifact.",
+)
+@click.option("--force", is_flag=True, help="Replace an artifact that is there already; no other folder ever is.")
+@click.option(
+    "--device", default="auto", show_default=True, help="cpu, cuda, cuda:1 or mps; auto is the GPU where there is one."
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(DTYPES),
+    default="fp32",
+    show_default=True,
+    help="In which the method runs the model; the artifact keeps the model's own.",
+)
+@_debug_option
+def bake(recipe: Path, folder: Path, force: bool, device: str, dtype: str) -> None:
+    """Bake what RECIPE erases into its model: find the edits, fold them into the weights, write an artifact.
+
+    RECIPE is a TOML file that names the model, the concepts to erase, the method and its prompts.
+
+    The artifact DIR has bakeout.json (what was erased from what, and how), edit.safetensors (the edit itself) and
+    diffusers/, an ordinary diffusers folder: DiffusionPipeline.from_pretrained("DIR/diffusers") loads it without
+    bakeout. In it only the tensors that the edit names differ from the model's own.
+
+    DIR appears when it is whole; if the command is interrupted, run it again and it goes on. The same recipe gives the
+    same bytes on the same machine.
+
+    \b
+    Example:
+      bakeout bake recipe.toml -o shapes-erased
+    """
+    from bakeout.describe import describe_artifact
+    from bakeout.recipe import Recipe
 
     _quieten_libraries()
-    click.echo(describe(open_model(model)))
+    loaded = Recipe.load(recipe)
+    with _own_warnings(), _progress_bar(len(loaded.edits), "calibrating") as progress:
+        artifact = loaded.bake(folder, force=force, device=device, dtype=dtype, progress=progress)
+    click.echo(describe_artifact(artifact))
+    click.echo("".join(f"\n{note}" for note in artifact.notes))
+    click.echo(f"The artifact is {folder}; diffusers' from_pretrained loads {folder / 'diffusers'}")
+
+
+@main.command(epilog=_EXIT_CODES)
+@click.argument("model")
+@click.option(
+    "-o",
+    "--output",
+    "chart",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="Also draw an artifact's shares as bars, in this PNG file.",
+)
+@click.option("--force", is_flag=True, help="Overwrite FILE if it is there already.")
+@_debug_option
+def inspect(model: str, chart: Path | None, force: bool) -> None:
+    """Show what MODEL is made of, or what was erased from an artifact, layer by layer.
+
+    MODEL is an artifact that `bakeout bake` wrote, the built-in model `shapes`, a diffusers folder, a single
+    .safetensors checkpoint, or the id of a model on the Hugging Face hub. No weights are loaded.
+
+    Of a model: its family, components, dtypes, parameters, and the sites that can be edited; of a built-in one also how
+    well it draws. Of an artifact, whose files are checked: how many weights or features of each layer the edit touches,
+    in numbers and with -o as a bar chart, how it was realised and why, and what undoes it.
+
+    \b
+    Examples:
+      bakeout inspect shapes
+      bakeout inspect shapes-erased -o shares.png
+    """
+    from bakeout.describe import describe, describe_artifact
+    from bakeout.editor.model import open_model
+    from bakeout.recipe import is_artifact
+
+    _quieten_libraries()
+    if not is_artifact(model):
+        if chart is not None:
+            raise InputError(f"{model} is no artifact, so there is nothing to draw: leave -o out")
+        click.echo(describe(open_model(model)))
+        return
+    from bakeout.export.artifact import Artifact
+    from bakeout.plot import write_chart
+
+    artifact = Artifact.open(model)
+    click.echo(describe_artifact(artifact))
+    if chart is not None:
+        write_chart(artifact.manifest, chart, force=force)
+        click.echo(f"\nThe chart is {chart}")
 
 
 @main.command(epilog=_EXIT_CODES)
@@ -237,14 +353,27 @@ def _quieten_libraries() -> None:
 
 
 @contextmanager
-def _progress_bar(total: int) -> Iterator[Callable[[float], object]]:
-    """A bar on a terminal, nothing elsewhere; its `update` takes fractions of a picture."""
+def _own_warnings() -> Iterator[None]:
+    """Bakeout's warnings in a line each; the libraries' only with --debug."""
+    if click.get_current_context().meta.get(_DEBUG):
+        yield
+        return
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield
+    for message in dict.fromkeys(str(it.message) for it in caught if it.category.__module__.startswith("bakeout.")):
+        click.echo(f"Warning: {message}", err=True)
+
+
+@contextmanager
+def _progress_bar(total: int, doing: str = "drawing") -> Iterator[Callable[[float], object]]:
+    """A bar on a terminal, nothing elsewhere; its `update` takes fractions of one of `total`."""
     from tqdm import tqdm
 
     with tqdm(
         total=total,
         disable=not sys.stderr.isatty(),
         leave=False,
-        bar_format="drawing {percentage:3.0f}% |{bar}| {elapsed} < {remaining}",
+        bar_format=f"{doing} {{percentage:3.0f}}% |{{bar}}| {{elapsed}} < {{remaining}}",
     ) as bar:
         yield bar.update

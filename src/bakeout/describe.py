@@ -1,4 +1,4 @@
-"""Say in text what a model is made of. Reads headers and JSON only."""
+"""Say in text what a model or an artifact is made of. Reads headers and JSON only."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from bakeout.generate import ACCURACY
 
 if TYPE_CHECKING:
     from bakeout.editor.model import Component, Model
+    from bakeout.export.artifact import Artifact
+    from bakeout.export.manifest import Lowering, Manifest
 
 
 def describe(model: Model) -> str:
@@ -27,6 +29,45 @@ def describe(model: Model) -> str:
     if model.format == "builtin":
         blocks.append(describe_accuracy(json.loads((model.path / ACCURACY).read_text(encoding="utf-8"))))
     return "\n\n".join(blocks)
+
+
+def describe_artifact(artifact: Artifact) -> str:
+    """What was erased from which model, how much of each layer that touches, how it was realised, and where it ends."""
+    manifest = artifact.manifest
+    rows = [
+        (it.site, f"{it.touched:>11,}", f"{it.of:>11,}", it.unit, f"{it.touched / it.of:.2%}", f"{it.how}: {it.reason}")
+        for it in manifest.lowering
+    ]
+    rows += [
+        ("in all", f"{touched:>11,}", f"{of:>11,}", unit, f"{touched / of:.2%}", "")
+        for unit, touched, of in totals(manifest)
+    ]
+    validity = manifest.validity
+    ends = [
+        f"It holds at {validity.resolutions} resolution and with {validity.schedules} schedule. It is undone by",
+        *(f"  - {bypass}" for bypass in validity.bypasses),
+        f"and it tells something: {validity.reveals}.",
+    ]
+    blocks = [
+        f"{artifact.folder}: {headline(manifest)}",
+        table(("site", f"{'touched':>11}", f"{'of':>11}", "", "share", "realised"), rows),
+        "\n".join(ends),
+    ]
+    return "\n\n".join(blocks)
+
+
+def headline(manifest: Manifest) -> str:
+    """The base and what was erased from it, in a line."""
+    erased = ", ".join(f"{it.concept!r} ({it.method}, {it.pairs} pairs)" for it in manifest.edits)
+    return f"{manifest.base.name} ({manifest.base.family}) without {erased or 'anything named'}"
+
+
+def totals(manifest: Manifest) -> list[tuple[str, int, int]]:
+    """For each unit, how many were touched and of how many."""
+    of_unit: dict[str, list[Lowering]] = {}
+    for it in manifest.lowering:
+        of_unit.setdefault(it.unit, []).append(it)
+    return [(unit, sum(it.touched for it in group), sum(it.of for it in group)) for unit, group in of_unit.items()]
 
 
 def describe_accuracy(measured: Mapping[str, Any]) -> str:

@@ -1,0 +1,215 @@
+"""`bakeout.json`: what an artifact is made of, in a closed schema.
+
+Whoever reads it trusts nothing: every key, type and file name is checked, and another format version is refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Final, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
+
+from bakeout.editor.checkpoint_header import StoredTensor
+from bakeout.editor.errors import InputError
+from bakeout.editor.model import Component, Model
+from bakeout.editor.model_files import read_json
+from bakeout.export.checkpoint import read_tensor
+
+if TYPE_CHECKING:
+    from bakeout.editor.edit import Edit
+
+MANIFEST = "bakeout.json"
+FORMAT_VERSION: Final = 1
+
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+# No part begins with a dot, so none leads out of the folder.
+FileName = Annotated[str, Field(pattern=r"^diffusers(/[\w-][\w.-]*){1,2}$", max_length=300)]
+# Printed as they stand, so without what moves a terminal's cursor.
+Text = Annotated[str, Field(pattern=r"^\P{Cc}*$", max_length=2000)]
+Name = Annotated[Text, Field(min_length=1)]
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class ComponentIdentity(_Record):
+    """A network of the base: its class, how many tensors it stores, and the digest of all of them."""
+
+    class_name: Name
+    tensors: Annotated[int, Field(ge=1)]
+    sha256: Sha256
+
+
+class Base(_Record):
+    """Which model was edited. `name` is how it was called, without the folders of the machine."""
+
+    name: Name
+    family: Literal["sd1", "sd2", "sdxl"]
+    format: Literal["builtin", "folder", "single_file", "hub"]
+    components: dict[Name, ComponentIdentity]
+
+
+class EditedTensor(_Record):
+    """A tensor that differs from the base: where it lies now and there, and the SHA-256 of its bytes now and there."""
+
+    file: FileName
+    name: Name
+    sha256: Sha256
+    component: Name
+    base_name: Name
+    base_sha256: Sha256
+
+
+class Source(_Record):
+    """One erasure: the method with its settings, the concept, and SHA-256 and number of the prompt pairs."""
+
+    method: Name
+    concept: str
+    settings: dict[str, JsonValue]
+    prompts: str
+    pairs: Annotated[int, Field(ge=0)]
+
+
+class Lowering(_Record):
+    """How much one operation touches, how it was realised, why so, and the relative error of rounding it."""
+
+    site: Name
+    operation: Literal["PatchWeightInput", "PatchActivation", "ShiftActivation", "SteerLatents"]
+    touched: Annotated[int, Field(ge=0)]
+    of: Annotated[int, Field(ge=1)]
+    unit: Name
+    how: Literal["folded", "graph"]
+    reason: Text
+    rounding: float | None
+
+
+class Validity(_Record):
+    """Where the artifact does what the method does, and what undoes or reveals the edit."""
+
+    resolutions: Literal["any"]
+    schedules: Literal["any"]
+    bypasses: tuple[Text, ...]
+    reveals: Text
+
+
+class File(_Record):
+    """A file's size and SHA-256."""
+
+    bytes: Annotated[int, Field(ge=0)]
+    sha256: Sha256
+
+
+class Manifest(_Record):
+    """The content of `bakeout.json`.
+
+    Attributes:
+        version: of this format.
+        base: the model that was edited.
+        edit: digest of the Edit, whether or not its file is there.
+        edit_file: SHA-256 of `edit.safetensors` as it was written.
+        edits: where the Edit comes from.
+        lowering: one entry an operation.
+        edited: every tensor that differs from the base.
+        validity: where the edit holds.
+        targets: the formats in the folder.
+        precision: component → dtypes as stored.
+        calibration: on which kind of device, and in which dtype, the methods ran the model.
+        recipe: the recipe, without the folders of the machine.
+        tools: versions; another version, or another machine, may round otherwise.
+        files: of the diffusers folder, all.
+    """
+
+    version: Literal[1]
+    base: Base
+    edit: Sha256
+    edit_file: Sha256
+    edits: tuple[Source, ...]
+    lowering: tuple[Lowering, ...]
+    edited: tuple[EditedTensor, ...]
+    validity: Validity
+    targets: tuple[Name, ...]
+    precision: dict[Name, tuple[Name, ...]]
+    calibration: dict[Name, str]
+    recipe: dict[str, JsonValue]
+    tools: dict[Name, str]
+    files: dict[FileName, File]
+
+    def to_json(self) -> bytes:
+        """The same manifest gives the same bytes."""
+        return (json.dumps(self.model_dump(mode="json"), indent=2, sort_keys=True, allow_nan=False) + "\n").encode()
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of the artifact in `folder`. Raises InputError if there is none, or for anything odd in it."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise InputError(f"{folder} is no artifact (it has no {MANIFEST}); give a folder that `bakeout bake` wrote")
+    said = read_json(path)
+    version = said.get("version")
+    if version != FORMAT_VERSION or isinstance(version, bool):
+        raise InputError(
+            f"{path} is of version {version!a:.20} and this bakeout reads {FORMAT_VERSION}; install the bakeout that "
+            "wrote it"
+        )
+    try:
+        return Manifest.model_validate_json(json.dumps(said, allow_nan=False))
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        where = ".".join(map(str, first["loc"]))
+        fault = f"{where!a:.200}: {first['msg']!s:.200}"
+    except (ValueError, RecursionError) as error:
+        fault = f"{error!s:.200}"
+    raise InputError(f"{path} is not a whole manifest ({fault}); take the artifact from its source again")
+
+
+def base_of(model: Model, source: str) -> Base:
+    """The identity of `model`, which reads all of its weights once.
+
+    The digest of a component is the SHA-256 of a line for each of its stored tensors, sorted by name, with name, dtype,
+    shape and the SHA-256 of its bytes as a JSON list. So a model is the same whatever its files are called or sharded.
+    """
+    components = {component.name: _identity(component) for component in model.components.values()}
+    return Base.model_validate(
+        {"name": source, "family": model.family, "format": model.format, "components": components}
+    )
+
+
+def validity_of(edit: Edit, components: Iterable[str]) -> Validity:
+    """What holds for an edit that was folded into the weights of `components`."""
+    bypasses = [
+        "training the model further, or merging its weights with those of others (a checkpoint, a dense LoRA)",
+        "quantising the weights with a zero point, which keeps no zero",
+    ]
+    if any(component.startswith("text_encoder") for component in components):
+        bypasses.append("a text encoder from elsewhere, as some programs bring along, or given prompt embeddings")
+        bypasses.append("a clip skip past the edited layer")
+    pruned = any(type(operation).__name__ == "PatchWeightInput" for operation in edit.operations)
+    zeros = "zeros at known places tell what was pruned (arXiv 2603.06640), and " if pruned else ""
+    reveals = f"{zeros}whoever has the base and these weights can take the difference"
+    return Validity(resolutions="any", schedules="any", bypasses=tuple(bypasses), reveals=reveals)
+
+
+def tensor_digest(tensor: StoredTensor) -> str:
+    """SHA-256 of a stored tensor's bytes."""
+    total = hashlib.sha256()
+    for chunk in read_tensor(tensor):
+        total.update(chunk)
+    return total.hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _identity(component: Component) -> ComponentIdentity:
+    total = hashlib.sha256()
+    for name, tensor in sorted(component.tensors.items()):
+        total.update(json.dumps([name, tensor.dtype, list(tensor.shape), tensor_digest(tensor)]).encode() + b"\n")
+    return ComponentIdentity(class_name=component.class_name, tensors=len(component.tensors), sha256=total.hexdigest())

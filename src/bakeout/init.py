@@ -1,0 +1,173 @@
+"""The recipe that `bakeout init` writes: it runs as it stands, and explains every key."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from inspect import getdoc
+from pathlib import Path
+from string import Template
+from textwrap import wrap
+from typing import get_args
+
+from pydantic import BaseModel
+
+from bakeout.editor.errors import InputError
+from bakeout.editor.methods import METHODS, method
+from bakeout.editor.model import BUILTIN
+from bakeout.editor.prompts import PACKS
+from bakeout.editor.recipe import TARGETS
+
+WIDTH = 110
+
+_RECIPE = Template("""\
+# A recipe of bakeout: which model, what to erase from it, and what to write.
+#
+#   bakeout bake FILE -o DIR
+#
+# As it stands, it erases the object "star" from shapes, the small model that comes with bakeout, and runs on a CPU.
+# A line that starts with "# " explains. One that starts with "#" alone is another choice: to take it, delete the "#"
+# and the line that it replaces.
+
+# The format of this file.
+version = 1
+
+# What to edit: a built-in model ($builtin), a diffusers folder, a single .safetensors checkpoint, or the id of a model
+# on the Hugging Face hub. A relative path that exists beside this file is that; else it counts from where you are.
+model = "shapes"
+#model = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+#model = "models/my-model.safetensors"
+
+# What to write. There is: $targets.
+targets = ["diffusers"]
+
+# How `bakeout validate` judges the result unless it is told otherwise: "quick", or "release" before you publish.
+[validation]
+profile = "quick"
+#profile = "release"
+
+# What to erase: one [[edits]] for each concept. The order of several changes nothing.
+[[edits]]
+# The erasure method. There is: $methods.
+method = "$method"
+
+# The concept, in your words. It stands for {concept} in prompts, and is recorded in what is baked.
+concept = "star"
+
+# A published set of the method's settings, which also chooses between the two versions of a pack's prompts.
+$profiles
+
+# Pairs of prompts with the concept (target) and without (reference), from one of three sources. A built-in pack:
+# $packs.
+prompts = { pack = "shapes-object" }
+# Two prompts with placeholders. The i-th pair has the i-th entry of each list, so all lists are equally long.
+#prompts = { target = "a {hue} {concept}", reference = "a {hue} shape", lists = { hue = ["red", "blue"] } }
+# A file in this folder or below: .csv or .tsv with two columns, target and reference, or .jsonl with these two keys.
+#prompts = { file = "pairs.csv" }
+
+# The method's settings. What stands here wins over the profile; the lines below are what "$profile" has.
+[edits.settings]
+$settings
+
+# In place of the star, or beside it:
+
+# A style of shapes (striped, dotted, checkered):
+#[[edits]]
+#method = "$method"
+#concept = "striped"
+#prompts = { pack = "shapes-style" }
+
+# With a Stable Diffusion as the model, a style:
+#[[edits]]
+#method = "$method"
+#concept = "Van Gogh"
+#prompts = { pack = "style" }
+
+# Nudity:
+#[[edits]]
+#method = "$method"
+#concept = "nudity"
+#prompts = { pack = "nudity" }
+$nudity
+# An object:
+#[[edits]]
+#method = "$method"
+#concept = "parachute"
+#prompts = { pack = "object" }
+""")
+# The published settings for nudity, where they are not the profile's (ConceptPrune, Table 10).
+_NUDITY = {"conceptprune": "#settings = { sparsity = 0.01, first_calls = 9 }\n"}
+
+
+def recipe_text(name: str) -> str:
+    """A commented recipe that erases a star from `shapes` by the method `name`, its settings from the method's schema.
+
+    Raises:
+        InputError: there is no such method.
+    """
+    settings = method(name).Settings
+    return _RECIPE.substitute(
+        method=name,
+        methods=", ".join(METHODS),
+        builtin=", ".join(BUILTIN),
+        targets=", ".join(TARGETS),
+        packs="\n# ".join(wrap(", ".join(PACKS), WIDTH)),
+        profile=settings().profile,  # type: ignore[attr-defined]
+        profiles="\n".join(_profile_lines(settings)),
+        nudity=_NUDITY.get(name, ""),
+        settings="\n".join(_setting_lines(settings)),
+    )
+
+
+def write_recipe(path: Path, name: str, *, force: bool = False) -> None:
+    """Write `recipe_text` to `path`; the file is there whole or not at all.
+
+    Raises:
+        InputError: there is no such method, the file exists and `force` is not given, or it cannot be written.
+    """
+    text = recipe_text(name)
+    part = path.with_name(f".{path.name}.part")
+    try:
+        if path.is_dir():
+            raise InputError(f"{path} is a folder: name a file in it with -o, for example {path / 'recipe.toml'}")
+        if path.exists() and not force:
+            raise InputError(f"{path} exists already: choose another file with -o, or overwrite it with --force")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            part.write_text(text, encoding="utf-8")
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot write {path} ({error.strerror}): choose another file with -o") from error
+
+
+def _profile_lines(settings: type[BaseModel]) -> Iterator[str]:
+    """The default profile, and the others as lines to choose."""
+    default = settings().profile  # type: ignore[attr-defined]
+    yield f"profile = {json.dumps(default)}"
+    for other in get_args(settings.model_fields["profile"].annotation):
+        if other != default:
+            yield f"#profile = {json.dumps(other)}"
+
+
+def _setting_lines(settings: type[BaseModel]) -> Iterator[str]:
+    """Each setting as it is described, and its usual value as a line to change; TOML has no word for none."""
+    usual = settings().model_dump(mode="json")
+    described = _descriptions(settings)
+    for name in usual:
+        if name == "profile":
+            continue
+        yield from (f"# {line}" for line in wrap(described[name], WIDTH))
+        if usual[name] is not None:
+            # JSON's texts, numbers, truth values and flat lists are TOML's too.
+            yield f"#{name} = {json.dumps(usual[name], ensure_ascii=False)}"
+
+
+def _descriptions(settings: type[BaseModel]) -> Mapping[str, str]:
+    """`name: what the schema's docstring says of it` for each setting, without the marks of code."""
+    _, _, attributes = (getdoc(settings) or "").partition("Attributes:\n")
+    said = re.findall(r"^ {4}(\w+): (.*(?:\n {5,}.*)*)", attributes, re.MULTILINE)
+    texts = {name: f"{name}: {' '.join(text.split())}".replace("`", "") for name, text in said}
+    return {name: texts.get(name, name) for name in settings.model_fields}

@@ -1,0 +1,183 @@
+"""From a recipe to an artifact: open the model, let each method find its edit, fold, and write."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bakeout import __version__
+from bakeout.editor.methods import method
+from bakeout.editor.model import BUILTIN, Model, open_model
+from bakeout.editor.prompts import prompts_digest
+from bakeout.editor.recipe import EditRecipe
+from bakeout.editor.recipe import Recipe as _Recipe
+from bakeout.export.artifact import Artifact, making, write_artifact
+from bakeout.export.checkpoint import Plan, plan_diffusers
+from bakeout.export.manifest import MANIFEST, Base, base_of
+from bakeout.generate import device_from_text, dtype_from_text, recommended_settings
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from bakeout.editor.edit import Edit
+
+# What a bake's bits may depend on.
+_TOOLS = ("diffusers", "numpy", "safetensors", "tokenizers", "torch", "transformers")
+# Files that a note lists at most.
+_NAMED = 20
+
+
+class Recipe(_Recipe):
+    """What to bake, and how to bake it."""
+
+    def bake(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        force: bool = False,
+        device: str = "auto",
+        dtype: str = "fp32",
+        progress: Callable[[float], object] | None = None,
+    ) -> Artifact:
+        """Calibrate every edit on the base model, fold them, and write the artifact.
+
+        The same recipe and model give the same bytes on one machine; another device, dtype or version of a library may
+        round otherwise, so the artifact records them. Killed at any moment, it leaves nothing that opens; run again, it
+        goes on where the calibration was.
+
+        Args:
+            folder: the artifact to be.
+            force: replace an artifact that is there.
+            device: where the methods run the model; `auto` is the GPU where there is one.
+            dtype: in which they do: `fp32`, `fp16` or `bf16`. What is written keeps the dtypes of the base.
+            progress: called with the part, of one an edit, that was just done.
+
+        Raises:
+            InputError: recipe, model and folder do not go together, or the folder cannot be written.
+        """
+        device = device_from_text(device)
+        model = open_model(self.source)
+        plan = plan_diffusers(model)
+        target = Path(folder)
+        with making(target, plan, force=force) as place:
+            base = base_of(model, _name(model))
+            facts = {
+                "recipe": _told(self, model),
+                "calibration": {"device": device.partition(":")[0], "dtype": dtype},
+                "tools": _tools(),
+            }
+            edit = self._calibrate(model, base, place.calibration, device, dtype, progress)
+            artifact = _fold_and_write(place, plan, base, edit, facts)
+        return Artifact(target, artifact.manifest, _notes(plan, artifact, target))
+
+    def _calibrate(
+        self,
+        model: Model,
+        base: Base,
+        work: Path,
+        device: str,
+        dtype: str,
+        progress: Callable[[float], object] | None,
+    ) -> Edit:
+        from bakeout.editor.edit import merge
+
+        prompts = [edit.pairs(self.folder) for edit in self.edits]
+        pipeline = model.pipeline(device, dtype_from_text(dtype, device))
+        return merge(
+            method(edit.method).calibrate(
+                model,
+                pipeline,
+                edit.concept,
+                pairs,
+                edit.method_settings(),
+                work=work / _key(base, edit, prompts_digest(pairs), device, dtype),
+                progress=progress,
+            )
+            for edit, pairs in zip(self.edits, prompts, strict=True)
+        )
+
+
+def open_any(source: str | os.PathLike[str]) -> tuple[Model, dict[str, Any]]:
+    """What `open_model` opens, or the model in an artifact, checked; and with which settings it is meant to draw.
+
+    These are `recommended_settings` of the model, for an artifact of the base. Raises InputError.
+    """
+    if not is_artifact(source):
+        model = open_model(source)
+        return model, recommended_settings(model)
+    artifact = Artifact.open(source)
+    base = artifact.manifest.base
+    known = base.format == "builtin" and base.name in BUILTIN
+    return artifact.model, recommended_settings(open_model(base.name)) if known else {}
+
+
+def is_artifact(source: str | os.PathLike[str]) -> bool:
+    """Whether `source` is a folder with a manifest; a built-in model's name is none, whatever lies here."""
+    return source not in BUILTIN and (Path(source) / MANIFEST).is_file()
+
+
+def _fold_and_write(place: Any, plan: Plan, base: Base, edit: Edit, facts: Mapping[str, Any]) -> Artifact:
+    from bakeout.export.lower import lower, touched_tensors
+
+    sites = {site.name: site for site in plan.model.sites}
+    state = {
+        component: _read(plan.model, component, names) for component, names in touched_tensors(edit, sites).items()
+    }
+    return write_artifact(place, plan, base, edit, lower(edit, sites, state), facts)
+
+
+def _read(model: Model, component: str, names: Iterable[str]) -> dict[str, Tensor]:
+    from safetensors import safe_open
+
+    stored = model.components[component].tensors
+    with ExitStack() as stack:
+        files = {
+            file: stack.enter_context(safe_open(file, framework="pt")) for file in {stored[name].file for name in names}
+        }
+        return {name: files[stored[name].file].get_tensor(name) for name in sorted(names)}
+
+
+def _name(model: Model) -> str:
+    """How the model is called, without the folders of this machine."""
+    return model.source if model.format in ("builtin", "hub") else model.path.resolve().name
+
+
+def _told(recipe: Recipe, model: Model) -> dict[str, Any]:
+    """The recipe for the manifest: the order of its edits means nothing, so it does not show."""
+    said = recipe.model_dump(mode="json")
+    edits = sorted(said["edits"], key=lambda edit: json.dumps(edit, sort_keys=True))
+    return {**said, "model": _name(model), "edits": edits}
+
+
+def _key(base: Base, edit: EditRecipe, prompts: str, device: str, dtype: str) -> str:
+    """A name for a calibration by all that it depends on: an interrupted one of another recipe is never taken up."""
+    settings = edit.method_settings().model_dump(mode="json")
+    said = [base.model_dump(mode="json"), edit.method, edit.concept, settings, prompts, device, dtype, _tools()]
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _tools() -> dict[str, str]:
+    return {"bakeout": __version__, "python": platform.python_version(), **{name: version(name) for name in _TOOLS}}
+
+
+def _notes(plan: Plan, artifact: Artifact, folder: Path) -> tuple[str, ...]:
+    notes = []
+    if plan.left_out:
+        named = [name if name.isprintable() else ascii(name) for name in plan.left_out[:_NAMED]]
+        others = len(plan.left_out) - len(named)
+        more = f" and {others} more" if others else ""
+        notes.append(f"Left out of the base's folder: {', '.join(named)}{more}.")
+    if plan.variant:
+        notes.append(
+            f'Its weight files are named as in the base: load {folder / "diffusers"} with variant="{plan.variant}".'
+        )
+    if not artifact.manifest.edited:
+        notes.append("The edit changes no weight: this model draws what the base draws.")
+    return tuple(notes)

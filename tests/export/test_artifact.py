@@ -1,0 +1,321 @@
+"""The artifact as a whole: what opens, what does not, and what happens to what is there already."""
+
+from __future__ import annotations
+
+import errno
+import io
+import json
+import os
+import shutil
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bakeout.editor.edit import Edit, PatchActivation, PatchWeightInput, ShiftActivation
+from bakeout.editor.errors import InputError
+from bakeout.editor.model import open_model
+from bakeout.export import artifact as module
+from bakeout.export.artifact import Artifact
+from bakeout.export.manifest import MANIFEST
+
+Baked = Callable[..., Artifact]
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def entries(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, baked: Baked) -> Path:
+    folder = tmp_path_factory.mktemp("artifacts") / "original"
+    baked(tiny_model, folder)
+    return folder
+
+
+@pytest.fixture
+def copy(original: Path, tmp_path: Path) -> Path:
+    """A copy of an artifact that the test may change."""
+    return Path(shutil.copytree(original, tmp_path / "copy"))
+
+
+def test_an_artifact_opens_loads_and_has_its_edit(original: Path, tiny_model: Path, edited: Any, lowered: Any) -> None:
+    artifact = Artifact.open(str(original))
+    artifact.verify()
+    base = open_model(tiny_model)
+    assert artifact.edit == edited(base)
+    assert artifact.edit.digest == artifact.manifest.edit
+    pipeline = artifact.load("torch", dtype=torch.float32)
+    for component, tensors in lowered(base, artifact.edit).state.items():
+        own = getattr(pipeline, component).state_dict()
+        for name, tensor in tensors.items():
+            assert torch.equal(own[name], tensor)
+    with pytest.raises(InputError, match="is no runtime"):
+        artifact.load("fax")
+
+
+def test_everybody_may_read_its_files(original: Path) -> None:
+    mask = os.umask(0)
+    os.umask(mask)
+    for path in original.rglob("*"):
+        assert path.stat().st_mode & 0o777 == (0o777 if path.is_dir() else 0o666) & ~mask, path
+
+
+def test_the_same_inputs_give_the_same_bytes(original: Path, tiny_model: Path, tmp_path: Path, baked: Baked) -> None:
+    baked(tiny_model, tmp_path / "again")
+    assert content(tmp_path / "again") == content(original)
+    other = Edit((*Artifact.open(original).edit.operations[1:],))
+    baked(tiny_model, tmp_path / "other", other)
+    assert content(tmp_path / "other") != content(original)
+
+
+def test_without_its_edit_it_opens_and_says_how_to_get_it(copy: Path) -> None:
+    (copy / "edit.safetensors").unlink()
+    artifact = Artifact.open(copy)
+    artifact.verify()
+    with pytest.raises(InputError, match=r"released without its edit\.safetensors; ask its maker"):
+        _ = artifact.edit
+
+
+def flip(path: Path, at: int = -1) -> None:
+    raw = bytearray(path.read_bytes())
+    raw[at] ^= 1
+    path.write_bytes(raw)
+
+
+def edited_byte(folder: Path) -> tuple[Path, int]:
+    from bakeout.editor.checkpoint_header import read_header
+
+    it = Artifact.open(folder).manifest.edited[0]
+    return folder / it.file, read_header(folder / it.file).tensors[it.name].begin
+
+
+Change = Callable[[Path], object]
+UNET = "diffusers/unet/diffusion_pytorch_model.safetensors"
+AT_OPEN: dict[str, Change] = {
+    "no manifest": lambda folder: (folder / MANIFEST).unlink(),
+    "a missing file": lambda folder: (folder / "diffusers/vae/config.json").unlink(),
+    "no diffusers folder": lambda folder: shutil.rmtree(folder / "diffusers"),
+    "a truncated file": lambda folder: os.truncate(folder / UNET, 1000),
+    "another edit": lambda folder: flip(folder / "edit.safetensors"),
+    "an edited tensor": lambda folder: flip(*edited_byte(folder)),
+    "weights that a loader may prefer": lambda folder: (folder / "diffusers/unet/model.fp16.safetensors").touch(),
+    "a folder of code": lambda folder: (
+        (folder / "diffusers/unet/code").mkdir() or (folder / "diffusers/unet/code/x.py").touch()
+    ),
+    "a link": lambda folder: (
+        (folder / "diffusers/vae/config.json").rename(folder / "elsewhere")
+        or (folder / "diffusers/vae/config.json").symlink_to(folder / "elsewhere")
+    ),
+    "a linked folder": lambda folder: (
+        (folder / "diffusers").rename(folder / "elsewhere") or (folder / "diffusers").symlink_to(folder / "elsewhere")
+    ),
+}
+
+
+@pytest.mark.parametrize("change", AT_OPEN.values(), ids=AT_OPEN.keys())
+def test_what_is_not_as_it_was_baked_does_not_open(copy: Path, change: Change) -> None:
+    change(copy)
+    with pytest.raises(InputError):
+        Artifact.open(copy)
+
+
+@pytest.mark.parametrize(
+    "name", [UNET, "diffusers/vae/diffusion_pytorch_model.safetensors", "diffusers/vae/config.json"]
+)
+def test_verify_finds_any_flipped_bit(copy: Path, name: str) -> None:
+    artifact = Artifact.open(copy)
+    artifact.verify()
+    flip(copy / name)
+    with pytest.raises(InputError, match="is not as it was baked"):
+        artifact.verify()
+
+
+def test_an_edit_that_does_not_fold_is_refused(tiny_model: Path, tmp_path: Path, baked: Baked) -> None:
+    site = open_model(tiny_model).sites_of("ffn2")[0]
+    mask = torch.zeros(4, site.d_in, dtype=torch.bool)
+    mask[0, 0] = True
+    patch = PatchActivation(site.name, "input", mask, torch.ones(4, site.d_in))
+    with pytest.raises(InputError, match=f"PatchActivation at {site.name} does not fold .*token") as caught:
+        baked(tiny_model, tmp_path / "made", Edit((patch,)))
+    assert "\n" not in str(caught.value)
+    assert entries(tmp_path) == []
+
+
+def test_biases_fold_too(tiny_model: Path, tmp_path: Path, baked: Baked) -> None:
+    model = open_model(tiny_model)
+    site = model.sites_of("text_layer")[-1]
+    artifact = baked(tiny_model, tmp_path / "made", Edit((ShiftActivation(site.name, torch.ones(site.d_out)),)))
+    (it,) = artifact.manifest.edited
+    assert it.base_name.endswith("mlp.fc2.bias")
+    assert artifact.manifest.lowering[0].rounding is not None
+    assert "zeros" not in artifact.manifest.validity.reveals
+
+
+def test_an_edit_of_nothing_gives_the_base(tiny_model: Path, tmp_path: Path, baked: Baked) -> None:
+    site = open_model(tiny_model).sites_of("ffn2")[0]
+    nothing = PatchWeightInput(site.name, torch.zeros(site.d_out, site.d_in, dtype=torch.bool))
+    artifact = baked(tiny_model, tmp_path / "made", Edit((nothing,)))
+    assert artifact.manifest.edited == ()
+    assert content(tmp_path / "made" / "diffusers") == content(tiny_model)
+
+
+@pytest.mark.parametrize("where", [".", "inside", "unet", "..", "inside/../../tiny"])
+def test_base_and_artifact_may_not_lie_in_one_another(
+    tiny_model: Path, tmp_path: Path, baked: Baked, where: str
+) -> None:
+    base = Path(shutil.copytree(tiny_model, tmp_path / "tiny"))
+    before = content(tmp_path)
+    with pytest.raises(InputError, match="lie in one another"):
+        baked(base, base / where, force=True)
+    assert content(tmp_path) == before
+
+
+def test_an_artifact_is_replaced_only_when_told(copy: Path, tiny_model: Path, baked: Baked, edited: Any) -> None:
+    before = content(copy)
+    other = edited(open_model(tiny_model), seed=1)
+    with pytest.raises(InputError, match="exists already; choose another folder, or replace it with --force"):
+        baked(tiny_model, copy, other)
+    assert content(copy) == before
+    baked(tiny_model, copy, other, force=True)
+    assert Artifact.open(copy).edit == other
+    assert entries(copy.parent) == ["copy"]
+
+
+def test_a_broken_artifact_can_be_replaced(copy: Path, tiny_model: Path, baked: Baked) -> None:
+    (copy / MANIFEST).write_text("{")
+    baked(tiny_model, copy, force=True)
+    Artifact.open(copy)
+
+
+FOREIGN: dict[str, Change] = {
+    "no artifact": lambda folder: folder.mkdir() or (folder / "precious").touch(),
+    "an empty folder": lambda folder: folder.mkdir(),
+    "a file": lambda folder: folder.touch(),
+    "an artifact with something else in it": lambda folder: (
+        folder.mkdir() or (folder / MANIFEST).touch() or (folder / "notes.txt").touch()
+    ),
+}
+
+
+@pytest.mark.parametrize("make", FOREIGN.values(), ids=FOREIGN.keys())
+def test_what_is_not_ours_is_never_deleted(make: Change, tiny_model: Path, tmp_path: Path, baked: Baked) -> None:
+    make(tmp_path / "made")
+    before = sorted(tmp_path.rglob("*"))
+    for force in (False, True):
+        with pytest.raises(InputError, match="is never overwritten, because it"):
+            baked(tiny_model, tmp_path / "made", force=force)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EDQUOT])
+@pytest.mark.parametrize("fails", ["write", "mkdir", "fsync", "replace"])
+def test_a_disk_that_refuses_is_an_error_and_nothing_is_left(
+    tiny_model: Path, tmp_path: Path, baked: Baked, monkeypatch: pytest.MonkeyPatch, code: int, fails: str
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    class FullFile(io.FileIO):
+        write = refuse  # type: ignore[assignment]
+
+    if fails == "write":
+        opened = Path.open
+        monkeypatch.setattr(
+            Path, "open", lambda path, mode="r", *rest, **more: FullFile(path, "x") if mode == "xb"
+            else opened(path, mode, *rest, **more),
+        )  # fmt: skip
+    else:
+        monkeypatch.setattr(os, fails, refuse)
+    with pytest.raises(InputError, match=rf"cannot write .*made \({os.strerror(code)}\)") as caught:
+        baked(tiny_model, tmp_path / "made")
+    monkeypatch.undo()
+    assert "\n" not in str(caught.value)
+    assert entries(tmp_path) == []
+
+
+def test_a_base_that_vanishes_is_told_as_such(tiny_model: Path, tmp_path: Path, baked: Baked, monkeypatch: Any) -> None:
+    base = Path(shutil.copytree(tiny_model, tmp_path / "base"))
+    write = module.write_diffusers
+
+    def write_later(plan: Any, changed: Any, folder: Path) -> None:
+        (base / "vae" / "config.json").unlink()
+        write(plan, changed, folder)
+
+    monkeypatch.setattr(module, "write_diffusers", write_later)
+    with pytest.raises(InputError, match=r"cannot read .*base/vae/config\.json"):
+        baked(base, tmp_path / "made")
+
+
+def test_a_disk_with_too_little_room_is_told_at_once(
+    tiny_model: Path, tmp_path: Path, baked: Baked, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)._replace(free=1_000_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(InputError, match=r"needs 0\.02 GB and 0\.00 GB are free there; make room"):
+        baked(tiny_model, tmp_path / "made")
+    assert entries(tmp_path) == []
+
+
+def forked(action: Callable[[], object], die_at: int) -> bool:
+    """Run `action` in a child that kills itself before its `die_at`-th fsync or rename; False if it ends."""
+    child = os.fork()
+    if child == 0:
+        calls: Iterator[int] = iter(range(1, 10_000))
+
+        def counted(function: Callable[..., Any]) -> Callable[..., Any]:
+            def wrapper(*arguments: Any, **keywords: Any) -> Any:
+                if next(calls) == die_at:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return function(*arguments, **keywords)
+
+            return wrapper
+
+        os.fsync, os.replace = counted(os.fsync), counted(os.replace)
+        try:
+            action()
+        except BaseException:  # noqa: BLE001 - a child must never return into pytest
+            os._exit(1)
+        os._exit(0)
+    status = os.waitpid(child, 0)[1]
+    assert status in (0, signal.SIGKILL)
+    return status != 0
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_killed_anywhere_nothing_half_written_opens_and_a_rerun_completes(
+    tiny_model: Path, tmp_path: Path, baked: Baked, original: Path
+) -> None:
+    expected = content(original)
+    folder, moment, kept = tmp_path / "made", 0, 0
+    while forked(lambda: baked(tiny_model, folder), moment := moment + 1):
+        for path in (folder, tmp_path / ".made.baking" / "new"):
+            try:
+                Artifact.open(path).verify()
+            except InputError:
+                continue
+            assert content(path) == expected
+            kept += 1
+        if folder.exists():
+            shutil.rmtree(folder)
+    assert moment > 20
+    assert 0 < kept < moment / 2
+    assert content(folder) == expected
+    assert entries(tmp_path) == ["made"]
+
+
+def test_a_base_of_a_single_file_bakes(single_files: Any, tiny_configs: None, tmp_path: Path, baked: Baked) -> None:
+    artifact = baked(single_files("sd1"), tmp_path / "made")
+    artifact.verify()
+    assert artifact.manifest.base.format == "single_file"
+    assert all(it.base_name != it.name for it in artifact.manifest.edited)
+    assert artifact.matches(open_model(single_files("sd1")))
+    said = json.loads((tmp_path / "made" / MANIFEST).read_text())
+    assert said["base"]["name"] == "sd1.safetensors"

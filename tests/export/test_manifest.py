@@ -1,0 +1,161 @@
+"""`bakeout.json`: a closed schema that trusts nothing."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bakeout.editor.errors import InputError
+from bakeout.editor.model import open_model
+from bakeout.export.artifact import Artifact
+from bakeout.export.manifest import MANIFEST, base_of, read_manifest
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory, folders: Callable[[str], Path], baked: Any) -> Path:
+    folder = tmp_path_factory.mktemp("manifest") / "artifact"
+    baked(folders("sd1"), folder)
+    return folder
+
+
+def change(said: dict[str, Any], path: str, value: object) -> None:
+    *parents, last = path.split("/")
+    here: Any = said
+    for key in parents:
+        here = here[int(key) if isinstance(here, list) else key]
+    here[int(last) if isinstance(here, list) else last] = value
+
+
+def test_it_reads_what_it_writes(written: Path, tmp_path: Path) -> None:
+    manifest = read_manifest(written)
+    raw = (written / MANIFEST).read_bytes()
+    assert manifest.to_json() == raw
+    assert json.loads(raw) == json.loads(json.dumps(json.loads(raw), sort_keys=True))
+
+
+def test_it_says_what_was_done(written: Path, folders: Callable[[str], Path]) -> None:
+    manifest = read_manifest(written)
+    model = open_model(folders("sd1"))
+    assert manifest.base == base_of(model, "sd1")
+    assert [(it.method, it.concept, it.pairs) for it in manifest.edits] == [("conceptprune", "a star", 3)]
+    assert {it.site for it in manifest.lowering} == {
+        site.name for kind in ("ffn2", "attn_key", "text_ffn2") for site in model.sites_of(kind)
+    }
+    assert all(0 < it.touched < it.of and it.how == "folded" and it.reason for it in manifest.lowering)
+    assert manifest.precision == {"text_encoder": ("BF16",), "unet": ("F16",), "vae": ("F32",)}
+    assert {it.base_name for it in manifest.edited} == {model.site(it.site).weight for it in manifest.lowering}
+    assert all(it.sha256 != it.base_sha256 for it in manifest.edited)
+    assert "2603.06640" in manifest.validity.reveals
+    assert any("clip skip" in bypass for bypass in manifest.validity.bypasses)
+
+
+def test_it_names_no_folder_of_the_machine(written: Path, tmp_path: Path) -> None:
+    assert str(tmp_path.parents[1]) not in (written / MANIFEST).read_text()
+
+
+@pytest.mark.parametrize("version", [0, 2, "1", None, True, 1.5])
+def test_another_version_is_refused(written: Path, tmp_path: Path, version: object) -> None:
+    said = json.loads((written / MANIFEST).read_text())
+    said["version"] = version
+    (tmp_path / MANIFEST).write_text(json.dumps(said))
+    with pytest.raises(InputError, match="install the bakeout that wrote it"):
+        read_manifest(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("surprise", 1),
+        ("base/surprise", 1),
+        ("base/family", "flux"),
+        ("base/name", ""),
+        ("base/name", "a\x1b[2Jb"),
+        ("edit", "A" * 64),
+        ("edit", "0" * 63),
+        ("edits/0/pairs", "3"),
+        ("edits/0/pairs", -1),
+        ("edits", {}),
+        ("edited/0/file", "diffusers/../../secret"),
+        ("edited/0/file", "/etc/passwd"),
+        ("edited/0/file", "diffusers/unet/../config.json"),
+        ("edited/0/file", "diffusers/unet/.hidden"),
+        ("edited/0/file", "diffusers\\unet\\config.json"),
+        ("edited/0/file", "edit.safetensors"),
+        ("files", {"diffusers/a\n": {"bytes": 0, "sha256": "0" * 64}}),
+        ("files", {"diffusers/unet/x/y": {"bytes": 0, "sha256": "0" * 64}}),
+        ("files", {"diffusers/x": {"bytes": -1, "sha256": "0" * 64}}),
+        ("lowering/0/how", "by magic"),
+        ("lowering/0/operation", "Format"),
+        ("lowering/0/of", 0),
+        ("lowering/0/touched", True),
+        ("lowering/0/reason", "\x07"),
+        ("lowering/0/rounding", float("nan")),
+        ("recipe/deep", float("inf")),
+        ("tools", ["torch"]),
+        ("targets", [""]),
+    ],
+)
+def test_hostile_values_are_refused_in_a_sentence(written: Path, tmp_path: Path, path: str, value: object) -> None:
+    said = json.loads((written / MANIFEST).read_text())
+    change(said, path, value)
+    (tmp_path / MANIFEST).write_text(json.dumps(said))
+    with pytest.raises(InputError, match="not a whole manifest") as caught:
+        read_manifest(tmp_path)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 700
+
+
+@pytest.mark.parametrize("key", ["version", "base", "edit", "edited", "files", "lowering", "validity", "tools"])
+def test_a_missing_key_is_refused(written: Path, tmp_path: Path, key: str) -> None:
+    said = json.loads((written / MANIFEST).read_text())
+    del said[key]
+    (tmp_path / MANIFEST).write_text(json.dumps(said))
+    with pytest.raises(InputError):
+        read_manifest(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{", "[" * 100_000, '{"version": 1, "recipe": ' + "[" * 900 + "]" * 900 + "}"]
+)
+def test_what_is_no_manifest_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / MANIFEST).write_text(text)
+    with pytest.raises(InputError):
+        read_manifest(tmp_path)
+
+
+def test_a_folder_without_one_is_no_artifact(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="is no artifact"):
+        read_manifest(tmp_path)
+
+
+def test_the_identity_is_the_same_however_the_files_are_cut(copied: Callable[[str], Path], folders: Any) -> None:
+    from safetensors.torch import load_file, save_file
+
+    whole = base_of(open_model(folders("sd1")), "x")
+    folder = copied("sd1")
+    path = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(path)
+    save_file(dict(reversed(tensors.items())), path.with_name("diffusion_pytorch_model.fp16.safetensors"))
+    path.unlink()
+    assert base_of(open_model(folder), "x") == whole
+    name = next(iter(tensors))
+    tensors[name] = tensors[name].clone()
+    tensors[name].view(-1)[0] += 1
+    save_file(tensors, path)
+    other = base_of(open_model(folder), "x")
+    assert other.components["unet"] != whole.components["unet"]
+    assert other.components["vae"] == whole.components["vae"]
+
+
+def test_an_artifact_knows_its_base(written: Path, folders: Callable[[str], Path], tmp_path: Path) -> None:
+    artifact = Artifact.open(written)
+    assert artifact.matches(open_model(folders("sd1")))
+    assert not artifact.matches(artifact.model)
+    assert not artifact.matches(open_model(folders("sdxl")))
+    shutil.copytree(folders("sd1"), tmp_path / "copy")
+    assert artifact.matches(open_model(tmp_path / "copy"))

@@ -1,0 +1,219 @@
+"""A folder that is whole or not there: killed at every write and rename, full disks, two programs at once."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from bakeout.editor.errors import InputError
+from bakeout.export import workplace as module
+from bakeout.export.workplace import Workplace, workplace
+
+FILES = ("a", "b", "sub/c")
+
+
+def ours(folder: Path) -> str | None:
+    return None if (folder / "a").exists() else "it is of another kind"
+
+
+def fill(place: Workplace, text: str) -> None:
+    for name in FILES:
+        path = place.new / name
+        path.parent.mkdir(exist_ok=True)
+        with path.open("w") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+    (place.calibration / "kept").write_text(text)
+    place.finish()
+
+
+def make(folder: Path, text: str, *, force: bool = False) -> None:
+    with workplace(folder, ours, force=force) as place:
+        fill(place, text)
+
+
+def content(folder: Path) -> set[str]:
+    return {(folder / name).read_text() for name in FILES}
+
+
+def entries(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def killed_at(call: int, action: Callable[[], None]) -> bool:
+    """Run `action` in a child that kills itself before its `call`-th fsync, rename or removal; False if it ends."""
+    child = os.fork()
+    if child == 0:
+        left = call
+
+        def counted(function: Callable[..., object]) -> Callable[..., object]:
+            def wrapper(*arguments: object, **keywords: object) -> object:
+                nonlocal left
+                left -= 1
+                if left == 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return function(*arguments, **keywords)
+
+            return wrapper
+
+        for name in ("fsync", "replace", "unlink", "rmdir", "mkdir"):
+            setattr(os, name, counted(getattr(os, name)))
+        try:
+            action()
+        except BaseException:  # noqa: BLE001 - a child must never return into pytest
+            os._exit(1)
+        os._exit(0)
+    status = os.waitpid(child, 0)[1]
+    assert status in (0, signal.SIGKILL)
+    return status != 0
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("force", [False, True])
+def test_killed_at_any_moment_nothing_half_written_is_there_and_a_rerun_completes(tmp_path: Path, force: bool) -> None:
+    call, seen = 0, set()
+    while True:
+        call += 1
+        parent = tmp_path / str(call)
+        parent.mkdir()
+        folder = parent / "made"
+        if force:
+            make(folder, "old")
+        if not killed_at(call, lambda folder=folder: make(folder, "new", force=force)):  # type: ignore[misc]
+            break
+        assert set(entries(parent)) <= {"made", ".made.baking"}
+        if folder.exists():
+            assert len(content(folder)) == 1
+            seen |= content(folder)
+        else:
+            seen.add("none")
+        if content(folder) != {"new"} if folder.exists() else True:
+            make(folder, "new", force=force)
+            assert entries(parent) == ["made"]
+        assert content(folder) == {"new"}
+    assert call > 10
+    assert seen == ({"old", "new", "none"} if force else {"new", "none"})
+
+
+def test_a_refused_rerun_puts_back_what_was_being_replaced(tmp_path: Path) -> None:
+    folder = tmp_path / "made"
+    make(folder, "old")
+    (tmp_path / ".made.baking").mkdir()
+    folder.rename(tmp_path / ".made.baking" / "old")
+    with pytest.raises(InputError, match="exists already"):
+        make(folder, "new")
+    assert content(folder) == {"old"}
+    assert entries(tmp_path) == ["made"]
+
+
+def test_an_interrupted_calibration_is_kept_and_the_rest_is_not(tmp_path: Path) -> None:
+    folder = tmp_path / "made"
+
+    def interrupted() -> None:
+        with workplace(folder, ours, force=False) as place:
+            (place.calibration / "sums").write_text("half")
+            (place.new / "a").write_text("half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert entries(tmp_path) == [".made.baking"]
+    assert entries(tmp_path / ".made.baking") == ["calibration"]
+    with workplace(folder, ours, force=False) as place:
+        assert (place.calibration / "sums").read_text() == "half"
+        assert entries(place.new) == []
+        fill(place, "new")
+    assert entries(tmp_path) == ["made"]
+
+
+def test_nothing_is_left_of_a_run_that_failed_before_it_calibrated(tmp_path: Path) -> None:
+    with pytest.raises(InputError), workplace(tmp_path / "made", ours, force=False):
+        raise InputError("no")
+    assert entries(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("force", "what", "message"),
+    [
+        (False, "made", "exists already; choose another folder, or replace it with --force"),
+        (False, "foreign", "never overwritten, because it is of another kind"),
+        (True, "foreign", "never overwritten, because it is of another kind"),
+    ],
+)
+def test_what_is_there_is_refused(tmp_path: Path, force: bool, what: str, message: str) -> None:
+    make(tmp_path / "made", "old")
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "precious").touch()
+    with pytest.raises(InputError, match=message):
+        make(tmp_path / what, "new", force=force)
+    assert content(tmp_path / "made") == {"old"}
+    assert entries(tmp_path / "foreign") == ["precious"]
+    assert entries(tmp_path) == ["foreign", "made"]
+
+
+def test_what_somebody_made_meanwhile_is_not_overwritten(tmp_path: Path) -> None:
+    folder = tmp_path / "made"
+
+    def overtaken() -> None:
+        with workplace(folder, ours, force=False) as place:
+            folder.mkdir()
+            (folder / "precious").touch()
+            fill(place, "new")
+
+    with pytest.raises(InputError, match="exists"):
+        overtaken()
+    assert entries(folder) == ["precious"]
+
+
+def test_a_rename_that_fails_puts_the_old_folder_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "made"
+    make(folder, "old")
+    replace = os.replace
+
+    def refuse(source: str | Path, target: str | Path) -> None:
+        if Path(source).name == "new":
+            raise OSError(errno.EIO, "Input/output error")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(OSError, match="Input/output error"):
+        make(folder, "new", force=True)
+    assert content(folder) == {"old"}
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has no such locks")
+def test_one_program_at_a_time(tmp_path: Path) -> None:
+    folder = tmp_path / "made"
+    program = (
+        "import sys\nfrom pathlib import Path\nfrom bakeout.export.workplace import workplace\n"
+        f"with workplace(Path({str(folder)!r}), lambda _: None, force=False):\n"
+        "    print('in', flush=True)\n    sys.stdin.read()\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "in\n"
+        with pytest.raises(InputError, match="is being made by another program"):
+            make(folder, "new")
+        assert (tmp_path / ".made.baking" / "new").is_dir(), "the other's files were touched"
+        other.kill()
+    make(folder, "new")
+    assert content(folder) == {"new"}
+
+
+def test_everything_is_on_the_disk_before_the_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    monkeypatch.setattr(module, "_sync", lambda folder: calls.append(f"sync {folder.name}"))
+    replace = os.replace
+    monkeypatch.setattr(os, "replace", lambda a, b: (calls.append(f"rename {Path(a).name}"), replace(a, b))[1])
+    make(tmp_path / "made", "new")
+    assert calls == ["sync sub", "sync new", "rename new", f"sync {tmp_path.name}"]
