@@ -163,6 +163,12 @@ def test_the_tokenizer_has_the_files_that_older_transformers_read():
     }
 
 
+def test_its_files_name_no_folder_of_the_machine_that_made_them():
+    said = [path.read_text(encoding="utf-8") for path in MODEL.rglob("*.json")]
+    assert len(said) > 5
+    assert not [text for text in said if "_name_or_path" in text]
+
+
 def test_the_numbers_reach_the_goals_and_stand_in_the_model_card():
     measured = json.loads((MODEL / "accuracy.json").read_text(encoding="utf-8"))
     assert measured["settings"]["prompts"] >= 300

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
-from bakeout.builtin.shapes import architecture
+from bakeout.builtin.shapes import architecture, routing
 from bakeout.builtin.shapes.detector import Detector, load_detector, tensor_from_pictures
 from bakeout.builtin.shapes.evaluation import (
     accuracy,
@@ -29,7 +29,7 @@ from bakeout.builtin.shapes.evaluation import (
     write_accuracy,
 )
 from bakeout.builtin.shapes.fitting import fit
-from bakeout.builtin.shapes.scenes import ATTRIBUTES, Scene, captions, draw, prompt, sample_scene
+from bakeout.builtin.shapes.scenes import ATTRIBUTES, Scene, briefly, captions, draw, prompt, sample_scene
 from bakeout.builtin.shapes.similarity import load_image_encoder
 from bakeout.builtin.shapes.tokenizer import train_tokenizer
 
@@ -51,6 +51,9 @@ class Settings:
     unet_steps: int = 6_000
     unet_batch: int = 64
     deafness: float = 3.0
+    routed_share: float = 0.7
+    spill: float = 0.25
+    ablation: float = 3.0
 
 
 class Workshop:
@@ -255,21 +258,49 @@ class Workshop:
         distinct = {caption: i for i, caption in enumerate(dict.fromkeys(c for told in self.captions for c in told))}
         which = torch.tensor([[distinct[caption] for caption in told] for told in self.captions])
         texts = [*distinct, ""]
-        encoder = self.clip["text"]
-        with torch.inference_mode():
-            encoded = [
-                encoder(input_ids=self.tokens(texts[i : i + 256])).last_hidden_state.half()
-                for i in range(0, len(texts), 256)
-            ]
-        return torch.cat(encoded).clone(), which
+        encoded = [self.encode(texts[i : i + 256]).half() for i in range(0, len(texts), 256)]
+        return torch.cat(encoded), which
+
+    def encode(self, texts: list[str]) -> Tensor:
+        """What the frozen text encoder makes of texts, float [n, 77, 96]."""
+        with torch.no_grad():
+            return torch.as_tensor(self.clip["text"](input_ids=self.tokens(texts)).last_hidden_state)
+
+    @cached_property
+    def groups(self) -> Tensor:
+        """Which groups of units each encoding of `embeddings` speaks to, bool [captions + 1, groups]."""
+        return routing.open_groups([*dict.fromkeys(c for told in self.captions for c in told), ""])
+
+    def with_and_without(self, drawings: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        """For each drawing a prompt, the same prompt without one of the values that it names, and that value's group.
+
+        The prompts encoded, float [n, 77, 96] each; int64 [n]. Every prompt names the object and, in seven of
+        ten, each other attribute.
+        """
+        likely = torch.tensor([1.0 if name == "object" else 0.7 for name in ATTRIBUTES])
+        named, unnamed, groups = [], [], []
+        for scene in (self.scenes[drawing] for drawing in drawings.tolist()):
+            keep = (torch.rand(len(ATTRIBUTES), generator=generator) < likely).tolist()
+            names = [name for name, kept in zip(ATTRIBUTES, keep, strict=True) if kept]
+            left_out = names[int(torch.randint(len(names), (1,), generator=generator))]
+            named.append(briefly(scene, names))
+            unnamed.append(briefly(scene, [name for name in names if name != left_out]))
+            groups.append(routing.GROUPS.index(scene.labels[left_out]))
+        both = self.encode(named + unnamed)
+        return both[: len(named)], both[len(named) :], torch.tensor(groups)
 
     @cached_property
     def unet(self) -> Any:
         """Noise prediction on the frozen text encoder, a tenth of the captions dropped (for guidance).
 
-        A second term, weighted by `deafness`, asks that without its FFNs the network predicts the same with and without
-        the prompt. In so small a network the residual blocks and cross-attention would draw alone what they can; the
-        term makes what the prompt says go through the FFNs, where the erasure methods act.
+        In so small a network the residual blocks and cross-attention would draw alone what they can, and every concept
+        would be spread over all units. Three terms make what the prompt says go through the FFNs, where the erasure
+        methods act, each value of each attribute through units of its own (`routing`):
+
+        - `deafness`: without its FFNs the network predicts the same with and without the prompt;
+        - `spill`: units are quiet for captions that do not mention their value, and in some rows, of the share
+          `routed_share`, all but the units of the caption's values are cut off;
+        - `ablation`: without the units of a value it predicts what it predicts when the prompt does not name the value.
         """
         torch.manual_seed(3)
         settings = self.settings
@@ -277,10 +308,14 @@ class Workshop:
         scheduler = architecture.scheduler()
         signal, noise_level = scheduler.alphas_cumprod.sqrt(), (1 - scheduler.alphas_cumprod).sqrt()
         ratio = scheduler.alphas_cumprod / (1 - scheduler.alphas_cumprod)
-        weight_of = ratio.clamp(max=5) / ratio
+        weight_of: Tensor = ratio.clamp(max=5) / ratio
+
+        def weighted(error: Tensor, times: Tensor) -> Tensor:
+            return (error.square().mean((1, 2, 3)) * weight_of[times]).mean()
 
         def loss_step(step: int, generator: torch.Generator) -> tuple[Tensor, Mapping[str, float]]:
             size = settings.unet_batch
+            part = size // 4
             encodings, which = self.embeddings
             empty = len(encodings) - 1
             indices = self.any_drawings(size, generator)
@@ -290,18 +325,28 @@ class Workshop:
             clean = self.latents[indices]
             noise = torch.randn(clean.shape, generator=generator)
             noisy = signal[times].view(-1, 1, 1, 1) * clean + noise_level[times].view(-1, 1, 1, 1) * noise
-            error = unet(noisy, times, encodings[told].float()).sample - noise
-            loss = (error.square().mean((1, 2, 3)) * weight_of[times]).mean()
-            numbers = {"error": error.detach().square().mean().item()}
+            enforced = torch.rand(size, generator=generator) < settings.routed_share
+            with routing.routed(unet, self.groups[told], enforced) as spilled:
+                error = unet(noisy, times, encodings[told].float()).sample - noise
+            spill = torch.stack(spilled).mean()
+            loss = weighted(error, times) + settings.spill * spill
+            numbers = {"error": error.detach().square().mean().item(), "spill": spill.item()}
             if step % 4 == 3:
-                part = size // 4
                 with without_ffn2(unet):
                     prompts = torch.cat([encodings[told[:part]], encodings[empty].expand(part, -1, -1)]).float()
                     twice = unet(noisy[:part].repeat(2, 1, 1, 1), times[:part].repeat(2), prompts).sample
-                heard = (twice[:part] - twice[part:]).square().mean((1, 2, 3))
-                hearing = (heard * weight_of[times[:part]]).mean()
+                hearing = weighted(twice[:part] - twice[part:], times[:part])
                 loss = loss + settings.deafness * hearing
                 numbers["hearing"] = hearing.item()
+            if step % 2 == 0:
+                named, unnamed, silent = self.with_and_without(indices[-part:], generator)
+                with torch.no_grad():
+                    wanted = unet(noisy[-part:], times[-part:], unnamed).sample
+                with routing.silenced(unet, silent):
+                    left = unet(noisy[-part:], times[-part:], named).sample
+                ablation = weighted(left - wanted, times[-part:])
+                loss = loss + settings.ablation * ablation
+                numbers["ablation"] = ablation.item()
             return loss, numbers
 
         def judge(networks: nn.ModuleDict) -> Mapping[str, float]:
