@@ -74,10 +74,10 @@ _TRUCK = {
 }  # fmt: skip
 _NEARBY = ("road", "park", "beach", "street", "house", "tree", "forest", "statue", "car")
 
-# The words of `shapes`. In its packs of 24 pairs each colour and each object comes 3 times and each background 4 times;
-# no two pairs share colour and background, nor colour and object.
+# The words of `shapes`. Of the 24 pairs of a pack each colour has 3 and each background 4, and no two share both. The
+# style's name no object: units of objects that answer to a style would be pruned with it.
 _COLOURS = ("red", "orange", "yellow", "green", "cyan", "blue", "purple", "pink")
-_OBJECTS = ("circle", "square", "triangle", "star", "cross", "ring", "heart", "moon")
+_COLOURED = tuple(f"{'an' if it[0] in 'aeiou' else 'a'} {it}" for it in _COLOURS)
 _PLACES = ("on grass", "in the sky", "on sand", "at night", "in the snow", "on bricks")
 
 
@@ -122,21 +122,14 @@ PACKS: Mapping[str, Mapping[str, Template]] = {
         "released": Template(
             "{coloured} {concept} {place}",
             "{coloured} shape {place}",
-            {
-                "coloured": tuple(f"{'an' if it[0] in 'aeiou' else 'a'} {it}" for it in _COLOURS) * 3,
-                "place": _PLACES * 4,
-            },
+            {"coloured": _COLOURED * 3, "place": _PLACES * 4},
         ),
     },
     "shapes-style": {
         "released": Template(
-            "a {concept} {colour} {object} {place}",
-            "a plain {colour} {object} {place}",
-            {
-                "colour": tuple(_COLOURS[(row + turn) % 8] for turn in range(3) for row in range(8)),
-                "object": _OBJECTS * 3,
-                "place": _PLACES * 4,
-            },
+            "a {concept} {colour} shape {place}",
+            "{coloured} shape {place}",
+            {"colour": _COLOURS * 3, "coloured": _COLOURED * 3, "place": _PLACES * 4},
         ),
     },
 }  # fmt: skip
