@@ -263,8 +263,9 @@ class Workshop:
 
     def encode(self, texts: list[str]) -> Tensor:
         """What the frozen text encoder makes of texts, float [n, 77, 96]."""
+        encoder = self.clip["text"]
         with torch.no_grad():
-            return torch.as_tensor(self.clip["text"](input_ids=self.tokens(texts)).last_hidden_state)
+            return torch.as_tensor(encoder(input_ids=self.tokens(texts)).last_hidden_state)
 
     @cached_property
     def groups(self) -> Tensor:
