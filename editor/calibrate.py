@@ -1,4 +1,4 @@
-"""Run prompts through the first calls of a model's UNet and add up what its layers take in: the pass of every method.
+"""Run prompts through the first calls of a model's UNet and add up what its layers take in.
 
 Nothing is kept but the sums. Of two numbers that almost agree, the rounding says which is larger, and the rounding of
 a kernel depends on the shape that it runs on. So the networks always run `PROMPTS_PER_RUN` prompts, the last run filled
@@ -14,6 +14,8 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, MutableMapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -27,6 +29,7 @@ from bakeout.editor.model import Model
 from bakeout.editor.sites import Site
 
 PROMPTS_PER_RUN = 4
+_LIBRARIES = ("torch", "diffusers", "transformers")
 
 Half = Literal["unconditional", "conditional"]
 # Called with the site, the number of the UNet call, the half of the guidance, and the site's input [prompts, tokens,
@@ -90,9 +93,6 @@ def observe(
         observer: called for every site, call and half.
         calls: UNet calls to run; 0 runs the text encoders only.
         tick: called after each call, or once where `calls` is 0.
-
-    Raises:
-        InputError: the accelerator's memory is full.
     """
     if not 0 < len(prompts) <= PROMPTS_PER_RUN:
         raise ValueError(f"{len(prompts)} prompts in a run of {PROMPTS_PER_RUN}")
@@ -140,8 +140,6 @@ def observe(
             )
     except _Enough:
         pass
-    except torch.OutOfMemoryError as error:
-        raise InputError("the GPU's memory is full: free some of it, or calibrate on the CPU") from error
     tick()
 
 
@@ -174,7 +172,7 @@ def sum_over_prompts(
         progress: called with the part, of one, of the pass that was just done.
 
     Raises:
-        InputError: the file cannot be written, or the accelerator's memory is full.
+        InputError: the file cannot be written.
     """
     runs = [
         (number, texts[start : start + PROMPTS_PER_RUN])
@@ -214,20 +212,33 @@ def sum_over_prompts(
     return {site.name: torch.stack([stacked(site, number) for number in range(len(prompts))]) for site in sites}
 
 
-def fingerprint(pipeline: Any, said: Mapping[str, Any]) -> str:
-    """SHA-256 of all that sums depend on: `said` (JSON), the networks' weights, the scheduler, device and library."""
+def fingerprint(pipeline: Any, prompts: Sequence[Sequence[str]], said: Mapping[str, Any]) -> str:
+    """SHA-256 of all that sums depend on.
+
+    That is the sets of prompts and their tokens, `said` (JSON), the networks with their weights, the scheduler, the
+    device and the libraries' versions.
+    """
     scheduler = pipeline.scheduler
+    networks = {name: getattr(pipeline, name, None) for name in ("unet", "text_encoder", "text_encoder_2")}
+    tokenizers = [getattr(pipeline, name, None) for name in ("tokenizer", "tokenizer_2")]
+    texts = ["", *chain.from_iterable(prompts)]
     facts = [
-        said, str(pipeline.unet.device), torch.__version__, PROMPTS_PER_RUN,
-        type(pipeline).__name__, dict(pipeline.unet.config), type(scheduler).__name__, dict(scheduler.config),
+        said, prompts, PROMPTS_PER_RUN, str(pipeline.unet.device), [version(name) for name in _LIBRARIES],
+        type(pipeline).__name__, dict(pipeline.config), type(scheduler).__name__, dict(scheduler.config),
+        [str(network.config) for network in networks.values() if network is not None],
+        [_tokens(tokenizer, texts) for tokenizer in tokenizers if tokenizer is not None],
     ]  # fmt: skip
     total = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())
-    for component in ("unet", "text_encoder", "text_encoder_2"):
-        network = getattr(pipeline, component, None)
+    for component, network in networks.items():
         for name, tensor in network.state_dict().items() if network is not None else ():
             total.update(f"{component} {name} {tensor.dtype} {list(tensor.shape)}".encode())
             total.update(tensor.reshape(-1).view(torch.uint8).cpu().numpy())
     return total.hexdigest()
+
+
+def _tokens(tokenizer: Any, texts: list[str]) -> Any:
+    """As the pipelines ask for them."""
+    return tokenizer(texts, padding="max_length", truncation=True, max_length=tokenizer.model_max_length).input_ids
 
 
 def _fresh_scheduler(pipeline: Any) -> Any:
@@ -243,10 +254,14 @@ def _add(sums: MutableMapping[str, Tensor], key: str, value: Tensor) -> None:
 
 
 def _load(path: Path, device: torch.device) -> tuple[int, dict[str, Tensor]]:
-    """How many runs the file holds and their sums; none where it is not there or not whole."""
+    """How many runs the file holds and their sums; none where it is not there or not whole.
+
+    Its time becomes now: whoever looks into the folder sees which calibrations were of use.
+    """
     try:
         with safe_open(path, framework="pt") as stored:
             keys = stored.keys()
+            path.touch()
             return int(stored.metadata()["runs"]), {key: stored.get_tensor(key).to(device) for key in keys}
     except (OSError, SafetensorError):
         return 0, {}
@@ -262,5 +277,5 @@ def _save(path: Path, runs: int, sums: Mapping[str, Tensor]) -> None:
         part.replace(path)
     except OSError as error:
         raise InputError(
-            f"cannot write {path} ({error.strerror}): make room, or let calibrations be kept in another folder"
+            f"cannot write {path} ({error.strerror}): make room there, or choose another output folder"
         ) from error

@@ -175,6 +175,14 @@ class Recipe(_Table):
     validation: Validation = Validation()
     _folder: Path = PrivateAttr(default=Path())
 
+    @field_validator("version", mode="before")
+    @classmethod
+    def _version_is_an_integer(cls, version: object) -> object:
+        # To Python they equal 1.
+        if isinstance(version, bool | float):
+            raise InputError(f"it is {_told(version)}; write the integer 1")
+        return version
+
     @field_validator("model")
     @classmethod
     def _model_is_one_line(cls, model: str) -> str:

@@ -67,9 +67,10 @@ def test_the_written_recipe_is_what_its_comments_promise(tmp_path, name):
     recipe = Recipe.load(path)
     (edit,) = recipe.edits
     assert (recipe.source, recipe.targets, recipe.validation) == ("shapes", ("diffusers",), Validation())
-    assert (edit.method, edit.concept, edit.settings) == (name, "star", {})
+    published = method(name).PUBLISHED
+    assert (edit.method, edit.concept, edit.settings) == (name, "star", *published["shapes"].values())
     # The profile that is written out is the default, so taking the line away changes nothing.
-    assert edit.method_settings() == method(name).Settings()
+    assert edit.method_settings() == method(name).Settings(**edit.settings)
     assert all("star" in pair.target and "star" not in pair.reference for pair in edit.pairs(tmp_path))
     assert [file.name for file in tmp_path.iterdir()] == ["star.toml"]
 
@@ -105,7 +106,7 @@ def test_every_single_line_on_offer_can_be_taken(tmp_path, name, other_method):
 def test_every_edit_on_offer_can_be_taken_in_place_and_beside(tmp_path, name):
     before, after = recipe_text(name).split("# In place of the star, or beside it:\n")
     offers = re.findall(r"^#\[\[edits\]\]\n(?:#.+\n)+", after, re.MULTILINE)
-    assert len(offers) == 4
+    assert len(offers) == 5
     for offer in offers:
         taken = re.sub("^#", "", offer, flags=re.MULTILINE)
         beside = load(tmp_path, before + taken)
@@ -114,6 +115,24 @@ def test_every_edit_on_offer_can_be_taken_in_place_and_beside(tmp_path, name):
         assert beside.edits[1:] == in_place.edits
         (edit,) = in_place.edits
         assert edit.pairs(tmp_path)
+
+
+def test_the_published_settings_of_conceptprune_are_offered(tmp_path):
+    before, after = recipe_text("conceptprune").split("# In place of the star, or beside it:\n")
+    taken = re.sub(r"^#(?! )", "", after, flags=re.MULTILINE)
+    edits = {edit.concept: edit.method_settings() for edit in load(tmp_path, before + taken).edits}
+    assert {concept: (it.sparsity, it.first_calls) for concept, it in edits.items()} == {
+        "star": (0.05, 10), "striped": (0.05, 10), "Van Gogh": (0.02, 10), "nudity": (0.01, 9),
+        "parachute": (0.02, 10), "male": (0.05, 20),
+    }  # fmt: skip
+    released = "# Settings from the released files: sparsity = 0.01, first_calls = 10.\n"
+    for concept, count in (("Van Gogh", 1), ("male", 1), ("nudity", 0)):
+        (offer,) = [it for it in after.split("\n\n") if f'#concept = "{concept}"' in it]
+        assert (offer + "\n").count(released) == count
+
+
+def test_a_method_may_have_no_published_settings(other_method):
+    assert "settings = {" not in recipe_text(other_method)
 
 
 @pytest.mark.parametrize("name", METHODS)

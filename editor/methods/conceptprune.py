@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from fractions import Fraction
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, Literal
@@ -26,6 +27,21 @@ from bakeout.editor.sites import Site
 PROFILES: Mapping[str, Mapping[str, Any]] = {
     "released": {"token_normalize": True, "time_step": "call", "include_last": False},
     "paper": {"token_normalize": False, "time_step": "noise_level", "include_last": True},
+}
+_PAPER, _FILES = "from the paper's Table 10", "from the released files"
+# The published settings, by kind of concept (Chavhan et al., 2024); for those of `shapes`, ours.
+PUBLISHED: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
+    "style": {
+        _PAPER: {"sparsity": 0.02, "first_calls": 10},
+        _FILES: {"sparsity": 0.01, "first_calls": 10},
+    },
+    "nudity": {_PAPER: {"sparsity": 0.01, "first_calls": 9}},
+    "object": {_PAPER: {"sparsity": 0.02, "first_calls": 10}},
+    "gender": {
+        _PAPER: {"sparsity": 0.05, "first_calls": 20},
+        _FILES: {"sparsity": 0.01, "first_calls": 10},
+    },
+    "shapes": {"for shapes, which keeps a concept in more of its units than a large model": {"sparsity": 0.05}},
 }
 # What decides on masks only after the activations are summed.
 _AFTER_THE_SUMS = {"profile", "sparsity", "vote"}
@@ -53,7 +69,7 @@ class Settings(BaseModel):
             one more than once, as PNDM its second).
         first_calls: t̂; the masks of the first t̂ time steps are united.
         include_last: also that of the one after them.
-        vote: a weight is pruned if it is skilled in more than this part of the time steps; 0 is the union.
+        vote: a weight is pruned if it is skilled in more than vote · t̂ of the time steps; 0 is the union.
         steps: denoising steps, as the scheduler counts them.
         guidance: scale of classifier-free guidance.
         seed: of every prompt's latent.
@@ -141,12 +157,13 @@ def skilled_mask(weight: Tensor, target_norm: Tensor, reference_norm: Tensor, sp
     return top & (target_norm > reference_norm) & (weight != 0)
 
 
-def union(masks: Iterable[Tensor], vote: float = 0.0) -> Tensor:
+def union(masks: Iterable[Tensor], vote: float | Fraction = 0.0) -> Tensor:
     """What is set in more than `vote` of the masks (Eq. 6: in any, with `vote` 0).
 
     Args:
         masks: one or more bool tensors of one shape.
-        vote: at least 0 and below 1.
+        vote: at least 0 and below 1; a float counts as the decimal that it prints as, so that 29 of 50 masks are not
+            more than 0.58 of them.
 
     Returns:
         bool, of the masks' shape.
@@ -155,7 +172,18 @@ def union(masks: Iterable[Tensor], vote: float = 0.0) -> Tensor:
     for mask in masks:
         votes = votes + mask
         count += 1
-    return votes > math.floor(vote * count)
+    return votes > math.floor(Fraction(str(vote)) * count)
+
+
+def check(model: Model, pipeline: Any, settings: Settings) -> None:
+    """See `bakeout.editor.methods.Method`.
+
+    Raises:
+        InputError: a sparsity too small for a layer, or more time steps than there are.
+    """
+    narrowest = min(model.sites_of(settings.site), key=lambda site: site.d_in)
+    _count(settings.sparsity, narrowest.d_in, narrowest.name)
+    _moments(pipeline, settings)
 
 
 def calibrate(
@@ -174,25 +202,23 @@ def calibrate(
     any `sparsity` and `vote`.
 
     Raises:
-        InputError: no pairs, a sparsity too small for a layer, more time steps than there are, or activations that are
-            not finite.
+        InputError: no pairs, what `check` refuses, or activations that are not finite.
     """
-    sites = model.sites_of(settings.site)
     if not pairs:
         raise InputError("there are no prompt pairs to calibrate on: give at least one")
-    narrowest = min(sites, key=lambda site: site.d_in)
-    _count(settings.sparsity, narrowest.d_in, narrowest.name)
+    check(model, pipeline, settings)
+    sites = model.sites_of(settings.site)
+    prompts = [[pair.target for pair in pairs], [pair.reference for pair in pairs]]
     saved = None
     if work is not None:
-        facts = {"method": "conceptprune", "pairs": pairs, "settings": settings.model_dump(exclude=_AFTER_THE_SUMS)}
-        saved = work / f"conceptprune-{fingerprint(pipeline, facts)}.safetensors"
+        facts = {"method": "conceptprune", "settings": settings.model_dump(exclude=_AFTER_THE_SUMS)}
+        saved = work / f"conceptprune-{fingerprint(pipeline, prompts, facts)}.safetensors"
     halves: tuple[Half, ...] = ("unconditional", "conditional") if settings.rows == "both" else ("conditional",)
     sums = sum_over_prompts(
-        model, pipeline, sites,
-        [[pair.target for pair in pairs], [pair.reference for pair in pairs]],
+        model, pipeline, sites, prompts,
         Sampling(settings.steps, settings.guidance, settings.seed),
         lambda inputs: _squared_sums(inputs, settings.token_normalize),
-        moments=(0,) if settings.site == "text_ffn2" else _moments(pipeline, settings),
+        moments=_moments(pipeline, settings),
         halves=halves, saved=saved, progress=progress,
     )  # fmt: skip
     masks = {site.name: _mask(model.module(pipeline, site), sums[site.name], site, settings).cpu() for site in sites}
@@ -214,10 +240,12 @@ def _mask(module: Any, sums: Tensor, site: Site, settings: Settings) -> Tensor:
         raise InputError(f"the activations at {site.name} are not finite: calibrate in fp32")
     target, reference = sums.sqrt()
     weight = module.weight.detach()
+    # Relative to t̂, which with `include_last` is one less than the masks are.
+    vote = Fraction(str(settings.vote)) * min(settings.first_calls, len(target)) / len(target)
 
     def of_rows(rows: Tensor) -> Tensor:
         masks = (skilled_mask(rows, *norms, settings.sparsity) for norms in zip(target, reference, strict=True))
-        return union(masks, settings.vote)
+        return union(masks, vote)
 
     return torch.cat([of_rows(rows) for rows in torch.split(weight, _ROWS)])
 
@@ -242,7 +270,7 @@ def _wide(tensor: Tensor) -> torch.dtype:
 
 def _count(sparsity: float, d_in: int, layer: str) -> int:
     """floor(k · d_in), of a layer that an error names."""
-    count = math.floor(sparsity * d_in)
+    count = math.floor(Fraction(str(sparsity)) * d_in)
     if not count:
         # Rounded up, to what can be typed and works.
         smallest = math.ceil(1e6 / d_in) / 1e6
@@ -254,7 +282,9 @@ def _count(sparsity: float, d_in: int, layer: str) -> int:
 
 
 def _moments(pipeline: Any, settings: Settings) -> tuple[int, ...]:
-    """Of each UNet call that is needed, the number of its time step."""
+    """Of each UNet call that is needed, the number of its time step; text encoders have one."""
+    if settings.site == "text_ffn2":
+        return (0,)
     timesteps = (None, *call_timesteps(pipeline, settings.steps))
     starts = [settings.time_step == "call" or timestep != before for before, timestep in pairwise(timesteps)]
     moments = [number - 1 for number in accumulate(starts)]

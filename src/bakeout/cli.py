@@ -63,12 +63,12 @@ class _Group(click.Group):
         except InputError as error:
             if ctx.meta.get(_DEBUG):
                 raise
-            click.echo(f"Error: {error}", err=True)
+            _tell("Error: " + str(error), error)
             ctx.exit(2)
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as error:
             if ctx.meta.get(_DEBUG):
                 raise
-            click.echo("Interrupted.", err=True)
+            _tell("Interrupted.", error)
             ctx.exit(130)
 
 
@@ -340,6 +340,12 @@ def demo(folder: Path) -> None:
     click.echo(f"{len(verdicts)} pictures in {folder}")
 
 
+def _tell(line: str, error: BaseException) -> None:
+    """The line, and what was noted on the way out."""
+    for text in (line, *getattr(error, "__notes__", ())):
+        click.echo(text, err=True)
+
+
 def _quieten_libraries() -> None:
     """The libraries' progress bars and remarks on optional packages are no business of a user of the command line."""
     if click.get_current_context().meta.get(_DEBUG):
@@ -360,9 +366,12 @@ def _own_warnings() -> Iterator[None]:
         return
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        yield
-    for message in dict.fromkeys(str(it.message) for it in caught if it.category.__module__.startswith("bakeout.")):
-        click.echo(f"Warning: {message}", err=True)
+        try:
+            yield
+        finally:
+            own = [str(it.message) for it in caught if it.category.__module__.startswith("bakeout.")]
+            for message in dict.fromkeys(own):
+                click.echo(f"Warning: {message}", err=True)
 
 
 @contextmanager

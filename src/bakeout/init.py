@@ -9,7 +9,7 @@ from inspect import getdoc
 from pathlib import Path
 from string import Template
 from textwrap import wrap
-from typing import get_args
+from typing import Any, get_args
 
 from pydantic import BaseModel
 
@@ -66,38 +66,22 @@ prompts = { pack = "shapes-object" }
 # A file in this folder or below: .csv or .tsv with two columns, target and reference, or .jsonl with these two keys.
 #prompts = { file = "pairs.csv" }
 
-# The method's settings. What stands here wins over the profile; the lines below are what "$profile" has.
+# The method's settings. What stands here wins over the profile; the lines that start with "#" are what "$profile" has.
 [edits.settings]
 $settings
 
 # In place of the star, or beside it:
 
-# A style of shapes (striped, dotted, checkered):
-#[[edits]]
-#method = "$method"
-#concept = "striped"
-#prompts = { pack = "shapes-style" }
-
-# With a Stable Diffusion as the model, a style:
-#[[edits]]
-#method = "$method"
-#concept = "Van Gogh"
-#prompts = { pack = "style" }
-
-# Nudity:
-#[[edits]]
-#method = "$method"
-#concept = "nudity"
-#prompts = { pack = "nudity" }
-$nudity
-# An object:
-#[[edits]]
-#method = "$method"
-#concept = "parachute"
-#prompts = { pack = "object" }
+$offers
 """)
-# The published settings for nudity, where they are not the profile's (ConceptPrune, Table 10).
-_NUDITY = {"conceptprune": "#settings = { sparsity = 0.01, first_calls = 9 }\n"}
+# Title, concept, pack, and the kind of concept that the method may know settings for.
+_OFFERS = (
+    ("A style of shapes (striped, dotted, checkered)", "striped", "shapes-style", "shapes"),
+    ("With a Stable Diffusion as the model, a style", "Van Gogh", "style", "style"),
+    ("Nudity", "nudity", "nudity", "nudity"),
+    ("An object", "parachute", "object", "object"),
+    ("A gender, so that the other is drawn", "male", "male-to-female", "gender"),
+)
 
 
 def recipe_text(name: str) -> str:
@@ -107,6 +91,7 @@ def recipe_text(name: str) -> str:
         InputError: there is no such method.
     """
     settings = method(name).Settings
+    published = getattr(method(name), "PUBLISHED", {})
     return _RECIPE.substitute(
         method=name,
         methods=", ".join(METHODS),
@@ -115,8 +100,11 @@ def recipe_text(name: str) -> str:
         packs="\n# ".join(wrap(", ".join(PACKS), WIDTH)),
         profile=settings().profile,  # type: ignore[attr-defined]
         profiles="\n".join(_profile_lines(settings)),
-        nudity=_NUDITY.get(name, ""),
-        settings="\n".join(_setting_lines(settings)),
+        settings="\n".join(_setting_lines(settings, published.get("shapes", {}))),
+        offers="\n\n".join(
+            "\n".join([f"# {title}:", *_offer_lines(name, concept, pack, published.get(kind, {}), settings())])
+            for title, concept, pack, kind in _OFFERS
+        ),
     )
 
 
@@ -152,14 +140,37 @@ def _profile_lines(settings: type[BaseModel]) -> Iterator[str]:
             yield f"#profile = {json.dumps(other)}"
 
 
-def _setting_lines(settings: type[BaseModel]) -> Iterator[str]:
-    """Each setting as it is described, and its usual value as a line to change; TOML has no word for none."""
+def _offer_lines(
+    name: str, concept: str, pack: str, published: Mapping[str, Mapping[str, Any]], usual: BaseModel
+) -> Iterator[str]:
+    """An edit to take, with the first of the published settings; the others are told."""
+    for source, chosen in published.items():
+        yield from (f"# {line}" for line in wrap(f"Settings {source}: {_inline(chosen)}.", WIDTH))
+    yield from ("#[[edits]]", f'#method = "{name}"', f'#concept = "{concept}"', f'#prompts = {{ pack = "{pack}" }}')
+    chosen = next(iter(published.values()), {})
+    if changed := {key: value for key, value in chosen.items() if value != getattr(usual, key)}:
+        yield f"#settings = {{ {_inline(changed)} }}"
+
+
+def _inline(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key} = {json.dumps(value)}" for key, value in values.items())
+
+
+def _setting_lines(settings: type[BaseModel], published: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    """Each setting as it is described, and its usual value as a line to change; TOML has no word for none.
+
+    Those of the first `published` ones stand as lines that count, with their source.
+    """
+    source, chosen = next(iter(published.items()), ("", {}))
     usual = settings().model_dump(mode="json")
     described = _descriptions(settings)
     for name in usual:
         if name == "profile":
             continue
         yield from (f"# {line}" for line in wrap(described[name], WIDTH))
+        if name in chosen:
+            yield from (f"# {line}" for line in wrap(f"This value is {source}; leave it out for others.", WIDTH))
+            yield f"{name} = {json.dumps(chosen[name])}"
         if usual[name] is not None:
             # JSON's texts, numbers, truth values and flat lists are TOML's too.
             yield f"#{name} = {json.dumps(usual[name], ensure_ascii=False)}"

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import platform
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bakeout import __version__
+from bakeout.editor.errors import InputError
 from bakeout.editor.methods import method
 from bakeout.editor.model import BUILTIN, Model, open_model
-from bakeout.editor.prompts import prompts_digest
 from bakeout.editor.recipe import EditRecipe
 from bakeout.editor.recipe import Recipe as _Recipe
 from bakeout.export.artifact import Artifact, making, write_artifact
@@ -50,7 +49,7 @@ class Recipe(_Recipe):
 
         The same recipe and model give the same bytes on one machine; another device, dtype or version of a library may
         round otherwise, so the artifact records them. Killed at any moment, it leaves nothing that opens; run again, it
-        goes on where the calibration was.
+        goes on where the calibration was, even with another sparsity or vote. An exception has a note where that is so.
 
         Args:
             folder: the artifact to be.
@@ -66,42 +65,52 @@ class Recipe(_Recipe):
         model = open_model(self.source)
         plan = plan_diffusers(model)
         target = Path(folder)
-        with making(target, plan, force=force) as place:
-            base = base_of(model, _name(model))
-            facts = {
-                "recipe": _told(self, model),
-                "calibration": {"device": device.partition(":")[0], "dtype": dtype},
-                "tools": _tools(),
-            }
-            edit = self._calibrate(model, base, place.calibration, device, dtype, progress)
-            artifact = _fold_and_write(place, plan, base, edit, facts)
+        kept: Callable[[], bool] | None = None
+        try:
+            with making(target, plan, force=force) as place:
+                kept = _watch(place.calibration)
+                base = base_of(model, _name(model))
+                facts = {
+                    "recipe": _told(self, model),
+                    "calibration": {"device": device.partition(":")[0], "dtype": dtype},
+                    "tools": _tools(),
+                }
+                edit = self._calibrate(model, place.calibration, device, dtype, progress)
+                artifact = _fold_and_write(place, plan, base, edit, facts)
+        except BaseException as error:
+            if kept is not None and kept():
+                error.add_note("The same bake, run again, goes on from what was calibrated.")
+            raise
         return Artifact(target, artifact.manifest, _notes(plan, artifact, target))
 
     def _calibrate(
-        self,
-        model: Model,
-        base: Base,
-        work: Path,
-        device: str,
-        dtype: str,
-        progress: Callable[[float], object] | None,
+        self, model: Model, work: Path, device: str, dtype: str, progress: Callable[[float], object] | None
     ) -> Edit:
+        import torch
+
         from bakeout.editor.edit import merge
 
-        prompts = [edit.pairs(self.folder) for edit in self.edits]
-        pipeline = model.pipeline(device, dtype_from_text(dtype, device))
-        return merge(
-            method(edit.method).calibrate(
-                model,
-                pipeline,
-                edit.concept,
-                pairs,
-                edit.method_settings(),
-                work=work / _key(base, edit, prompts_digest(pairs), device, dtype),
-                progress=progress,
-            )
-            for edit, pairs in zip(self.edits, prompts, strict=True)
-        )
+        prompts, found = [], []
+        for number, edit in enumerate(self.edits):
+            with _refusing(number, edit):
+                prompts.append(edit.pairs(self.folder))
+        try:
+            pipeline = model.pipeline(device, dtype_from_text(dtype, device))
+            for number, edit in enumerate(self.edits):
+                with _refusing(number, edit):
+                    method(edit.method).check(model, pipeline, edit.method_settings())
+            for number, (edit, pairs) in enumerate(zip(self.edits, prompts, strict=True)):
+                with _refusing(number, edit):
+                    calibrate, settings = method(edit.method).calibrate, edit.method_settings()
+                    found.append(
+                        calibrate(model, pipeline, edit.concept, pairs, settings, work=work, progress=progress)
+                    )
+        except torch.OutOfMemoryError as error:
+            smaller = "--dtype fp16 or " if dtype == "fp32" else ""
+            raise InputError(
+                f"the GPU's memory is full: free some of it, or bake with {smaller}--device cpu"
+            ) from error
+        return merge(found)
 
 
 def open_any(source: str | os.PathLike[str]) -> tuple[Model, dict[str, Any]]:
@@ -156,11 +165,24 @@ def _told(recipe: Recipe, model: Model) -> dict[str, Any]:
     return {**said, "model": _name(model), "edits": edits}
 
 
-def _key(base: Base, edit: EditRecipe, prompts: str, device: str, dtype: str) -> str:
-    """A name for a calibration by all that it depends on: an interrupted one of another recipe is never taken up."""
-    settings = edit.method_settings().model_dump(mode="json")
-    said = [base.model_dump(mode="json"), edit.method, edit.concept, settings, prompts, device, dtype, _tools()]
-    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:16]
+@contextmanager
+def _refusing(number: int, edit: EditRecipe) -> Iterator[None]:
+    """Says which edit is refused."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"edits[{number}] (concept {edit.concept!a}): {error}") from error
+
+
+def _watch(folder: Path) -> Callable[[], bool]:
+    """A function that says whether a calibration in `folder` was written or used since."""
+
+    def calibrations() -> set[tuple[str, int]]:
+        # Hidden files are not whole.
+        return {(path.name, path.stat().st_mtime_ns) for path in folder.glob("[!.]*")}
+
+    before = calibrations()
+    return lambda: bool(calibrations() - before)
 
 
 def _tools() -> dict[str, str]:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from bakeout.editor import calibrate
 from bakeout.editor.calibrate import PROMPTS_PER_RUN, Sampling, call_timesteps, observe, sum_over_prompts
 from bakeout.editor.model import Model, open_model
 
@@ -227,11 +228,30 @@ def test_a_run_takes_no_more_prompts_than_it_can_hold(tiny: tuple[Model, Any]) -
             observe(model, pipeline, (), prompts, SAMPLING, lambda *_: None, calls=1)
 
 
-def test_full_memory_is_said_in_one_sentence(tiny: tuple[Model, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    model, pipeline = tiny
-
-    def full(*_: Any) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    with pytest.raises(ValueError, match="memory is full"):
-        observe(model, pipeline, model.sites_of("ffn2"), PROMPTS[:1], SAMPLING, full, calls=1)
+@pytest.mark.parametrize(
+    "changed", ["diffusers", "transformers", "tokens", "text encoder", "prompts", "said", "nothing"]
+)
+def test_a_fingerprint_depends_on_all_that_sums_do(
+    tiny: tuple[Model, Any], monkeypatch: pytest.MonkeyPatch, changed: str
+) -> None:
+    _, pipeline = tiny
+    own = copy.copy(pipeline)
+    prompts, said = [PROMPTS[:1], PROMPTS[1:]], {"seed": 1}
+    before = calibrate.fingerprint(own, prompts, said)
+    assert calibrate.fingerprint(own, prompts, dict(said)) == before
+    if changed in ("diffusers", "transformers"):
+        versions = {"torch": calibrate.version("torch"), "diffusers": "1", "transformers": "1"}
+        others = {**versions, changed: "2"}
+        monkeypatch.setattr(calibrate, "version", versions.__getitem__)
+        before = calibrate.fingerprint(own, prompts, said)
+        monkeypatch.setattr(calibrate, "version", others.__getitem__)
+    elif changed == "tokens":
+        own.tokenizer = copy.deepcopy(pipeline.tokenizer)
+        own.tokenizer.add_tokens(["owl"])
+    elif changed == "text encoder":
+        monkeypatch.setattr(pipeline.text_encoder.config, "hidden_act", "gelu")
+    elif changed == "prompts":
+        prompts = [PROMPTS[:2], PROMPTS[2:]]
+    elif changed == "said":
+        said = {"seed": 2}
+    assert (calibrate.fingerprint(own, prompts, said) == before) is (changed == "nothing")

@@ -235,6 +235,8 @@ PROMPTS = 'where the prompt pairs come from, for example { pack = "style" }'
             f"version is a number beyond 64 bits: it must be smaller {OF_THIS}",
         ),
         ("version = 1", 'version = "1"', f"version is '1': {VERSION}"),
+        ("version = 1", "version = true", "version: it is true; write the integer 1"),
+        ("version = 1", "version = 1.0", "version: it is 1.0; write the integer 1"),
         ('model = "some/model"', "", f"model is missing: give {MODEL}"),
         ('model = "some/model"', "model = 3", f"model is 3: it must be text in quotes ({MODEL})"),
         ('"some/model"', '" "', "model: it is empty; write something"),

@@ -6,6 +6,7 @@ import copy
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, Self
 
@@ -134,11 +135,14 @@ class Naive:
         for time in scheduler.timesteps[: self.options["first_calls"] + 3]:
             kept.clear()
             rows = scheduler.scale_model_input(torch.cat([latent] * len(context)), time)
-            noise = self.pipeline.unet(rows, time, encoder_hidden_states=context).sample
+            noise = self.noise(rows, time, context)
             yield float(time), dict(kept)
             if guided:
                 noise = noise[:1] + self.options["guidance"] * (noise[1:] - noise[:1])
             latent = scheduler.step(noise, time, latent).prev_sample
+
+    def noise(self, rows: Tensor, time: Tensor, context: Tensor) -> Tensor:
+        return self.pipeline.unet(rows, time, encoder_hidden_states=context).sample
 
     def norms(self, prompts: Sequence[str]) -> list[dict[str, list[float]]]:
         """For each time step and module the norm of each column, over all prompts."""
@@ -169,14 +173,15 @@ class Naive:
         """The masks of all modules, in the order of the network; `first` other than 0 is a wrong answer."""
         target = self.norms([pair.target for pair in pairs])
         reference = self.norms([pair.reference for pair in pairs])
-        last = 0 if self.options["site"] == "text_ffn2" else self.options["first_calls"] - 1
-        last += self.options["site"] != "text_ffn2" and self.options["include_last"]
+        of_text = self.options["site"] == "text_ffn2"
+        first_calls = 1 if of_text else self.options["first_calls"]
+        last = first_calls - 1 + (not of_text and self.options["include_last"])
         masks = []
         for name, module in self.modules.items():
             weight = module.weight.detach().double().numpy()
             times = range(first, last + first + 1)
             votes = sum(self.skilled(weight, target[t][name], reference[t][name]).astype(int) for t in times)
-            masks.append(votes > self.options["vote"] * len(times))
+            masks.append(votes > math.floor(Fraction(str(self.options["vote"])) * first_calls))
         return masks
 
     def skilled(self, weight: np.ndarray, target: list[float], reference: list[float]) -> np.ndarray:
@@ -210,6 +215,9 @@ OPTIONS: list[dict[str, Any]] = [
     {"profile": "paper", "include_last": False},
     {"vote": 0.5},
     {"vote": 0.34, "first_calls": 5},
+    # Of four masks, more than 0.5 · 3 are two, more than 0.5 · 4 three.
+    {"vote": 0.5, "include_last": True},
+    {"vote": 0.5, "site": "text_ffn2", "include_last": True},
     {"first_calls": 1},
     {"sparsity": 0.02},
     {"sparsity": 1.0},
@@ -316,11 +324,37 @@ def test_the_text_site_covers_both_encoders_of_sdxl(folders: Callable[[str], Pat
             assert np.array_equal(found[f"{component}.layer.{number}.ffn2"], mask)
 
 
+class NaiveXL(Naive):
+    """SDXL: two encoders side by side, a pooled embedding and the picture's size; the unconditional half is zeros."""
+
+    def embedded(self, prompt: str) -> Tensor:
+        states = []
+        for tokenizer, encoder in (("tokenizer", "text_encoder"), ("tokenizer_2", "text_encoder_2")):
+            tokens = getattr(self.pipeline, tokenizer)(
+                prompt, padding="max_length", max_length=77, return_tensors="pt"
+            ).input_ids
+            found = getattr(self.pipeline, encoder)(tokens, output_hidden_states=True)
+            states.append(found.hidden_states[-2])
+        self.pooled = torch.cat([torch.zeros_like(found.text_embeds), found.text_embeds])
+        context = torch.cat(states, dim=-1)
+        return context if prompt else torch.zeros_like(context)
+
+    def noise(self, rows: Tensor, time: Tensor, context: Tensor) -> Tensor:
+        side = float(self.pipeline.unet.config.sample_size * self.pipeline.vae_scale_factor)
+        size = torch.tensor([[side, side, 0, 0, side, side]] * 2, dtype=context.dtype)
+        more = {"text_embeds": self.pooled, "time_ids": size}
+        return self.pipeline.unet(rows, time, encoder_hidden_states=context, added_cond_kwargs=more).sample
+
+
 def test_sdxl_is_pruned_in_its_unet(folders: Callable[[str], Path]) -> None:
     model = open_model(folders("sdxl"))
-    pipeline = model.pipeline("cpu", torch.float32)
+    pipeline = model.pipeline("cpu", torch.float64)
     edit = calibrate(model, pipeline, "ink", PAIRS[:2], Settings(**QUICK))
-    assert {operation.site for operation in edit.operations} == {site.name for site in model.sites_of("ffn2")}
+    names = sites_in_network_order(model, pipeline, "ffn2")
+    assert {operation.site for operation in edit.operations} == set(names)
+    assert_masks_equal(edit, NaiveXL(pipeline, QUICK).masks(PAIRS[:2]), names)
+    with pytest.raises(AssertionError):
+        assert_masks_equal(edit, NaiveXL(pipeline, {**QUICK, "seed": 1}).masks(PAIRS[:2]), names)
 
 
 def iou(one: Mapping[str, np.ndarray], other: Mapping[str, np.ndarray]) -> float:
@@ -363,7 +397,7 @@ def test_the_networks_always_run_one_shape(tiny_model: Path) -> None:
 
 
 @pytest.mark.parametrize("prompts", [1, 2, 3, 8])
-def test_the_size_of_a_run_changes_rounding_only(
+def test_masks_do_not_depend_on_how_many_prompts_run_at_a_time(
     tiny: tuple[Model, Any], monkeypatch: pytest.MonkeyPatch, prompts: int
 ) -> None:
     model, pipeline = tiny
@@ -426,8 +460,27 @@ def test_the_smallest_sparsity_that_an_error_names_works(d_in: int) -> None:
 def test_what_cannot_be_calibrated_is_refused(
     tiny: tuple[Model, Any], pairs: tuple[Pair, ...], options: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(InputError, match=message):
-        calibrate(*tiny, "ink", pairs, Settings(**{**QUICK, **options}))
+    chosen = Settings(**{**QUICK, **options})
+    with Counter(tiny[1]) as calls:
+        with pytest.raises(InputError, match=message):
+            calibrate(*tiny, "ink", pairs, chosen)
+        if pairs:
+            with pytest.raises(InputError, match=message):
+                conceptprune.check(*tiny, chosen)
+    assert calls.number == 0
+
+
+def test_what_can_be_calibrated_is_not_refused(tiny: tuple[Model, Any]) -> None:
+    with Counter(tiny[1]) as calls:
+        conceptprune.check(*tiny, Settings(**{**QUICK, "first_calls": 6}))
+        conceptprune.check(*tiny, Settings(site="text_ffn2", sparsity=0.1, steps=1))
+    assert calls.number == 0
+
+
+@pytest.mark.parametrize("kind", conceptprune.PUBLISHED)
+def test_published_settings_are_settings(kind: str) -> None:
+    assert conceptprune.PUBLISHED[kind]
+    assert all(Settings(**given) for given in conceptprune.PUBLISHED[kind].values())
 
 
 def test_an_interrupted_calibration_goes_on_where_it_was(tiny: tuple[Model, Any], tmp_path: Path) -> None:
@@ -487,7 +540,7 @@ def test_sums_of_something_else_are_not_used(tiny_model: Path, tmp_path: Path, c
 
 def test_a_folder_that_cannot_be_written_is_refused(tiny: tuple[Model, Any], tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(InputError, match="cannot write"):
+    with pytest.raises(InputError, match=r"cannot write .*: make room there, or choose another output folder$"):
         calibrate(*tiny, "ink", PAIRS, Settings(**QUICK), work=tmp_path / "file")
 
 
@@ -660,14 +713,27 @@ def test_comparison_is_exact_where_fp16_scores_are_not() -> None:
 @properties
 @given(
     st.lists(st.lists(st.booleans(), min_size=4, max_size=4), min_size=1, max_size=12),
-    st.integers(0, 99).map(lambda percent: percent / 100),
+    st.integers(0, 99),
 )
-def test_union_counts_votes(masks: list[list[bool]], vote: float) -> None:
-    tensors = [torch.tensor(mask) for mask in masks]
-    expected = [sum(mask[j] for mask in masks) > vote * len(masks) for j in range(4)]
+def test_union_counts_votes(masks: list[list[bool]], percent: int) -> None:
+    tensors, vote = [torch.tensor(mask) for mask in masks], percent / 100
+    expected = [100 * sum(mask[j] for mask in masks) > percent * len(masks) for j in range(4)]
     assert union(tensors, vote).tolist() == expected
     assert union(torch.stack(tensors), vote).tolist() == expected
     assert union(iter(tensors)).tolist() == [any(mask[j] for mask in masks) for j in range(4)]
+
+
+def test_votes_are_counted_exactly() -> None:
+    assert 0.58 * 50 < 29
+    for count in (28, 29, 30):
+        masks = torch.arange(50)[:, None] < count
+        assert union(masks, 0.58).tolist() == union(masks, Fraction(29, 50)).tolist() == [count > 29]
+
+
+def test_a_vote_counts_the_calls_and_not_the_one_after_them(tiny: tuple[Model, Any]) -> None:
+    # More than 1.5 of four masks, and not more than 2, which 0.67 · 3 says.
+    found, three = (edit_of(*tiny, {**QUICK, "include_last": True, "vote": vote}) for vote in (0.5, 0.67))
+    assert found.operations != three.operations
 
 
 class Largest(TorchDispatchMode):
@@ -688,3 +754,9 @@ def test_an_activation_is_squared_in_pieces() -> None:
         sums = conceptprune._squared_sums(rows, True)
     assert torch.allclose(sums, torch.full_like(sums, 4096 / 1280), rtol=1e-4)
     assert 0 < largest.elements <= 1 << 22
+
+
+def test_k_is_the_decimal_that_is_written() -> None:
+    assert int(0.29 * 100) == 28, "in floating point"
+    weight, one, none = torch.rand(3, 100) + 0.1, torch.ones(100), torch.zeros(100)
+    assert skilled_mask(weight, one, none, 0.29).sum(1).tolist() == [29, 29, 29]
