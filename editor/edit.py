@@ -131,6 +131,8 @@ class PatchActivation(_Operation):
 class ShiftActivation(_Operation):
     """A constant added to a site's output: y + v.
 
+    Shifts of one site add up, but the very same shift given twice counts once, also without a neuron.
+
     Attributes:
         site: a site of any kind.
         value: float [d_out] or [tokens, d_out], v, with the strength in it.
@@ -278,16 +280,21 @@ class Edit:
 
     def __repr__(self) -> str:
         head = "; ".join(
-            f"{it.method} {it.concept!r}" + (f" ({it.pairs} pairs)" if it.pairs else "") for it in self.origins
+            f"{it.method} {it.concept!r}" + (f" ({it.pairs} pair{'s' * (it.pairs > 1)})" if it.pairs else "")
+            for it in self.origins
         )
         return "\n  ".join([f"Edit[{head}]" if head else "Edit", *map(repr, self.operations)])
 
     def save(self, path: Path) -> None:
-        """Write one safetensors file; masks are packed, eight to a byte.
+        """Write `to_bytes` to a file. Raises OSError."""
+        path.write_bytes(self.to_bytes())
+
+    def to_bytes(self) -> bytes:
+        """The Edit as one safetensors file; masks are packed, eight to a byte.
 
         The same Edit gives the same bytes. What is not tensors is JSON in the file's metadata.
         """
-        from safetensors.torch import save_file
+        from safetensors.torch import save
 
         tensors: dict[str, Tensor] = {}
         records = []
@@ -299,7 +306,7 @@ class Edit:
             tensors |= {f"{number:04}.{name}": tensor for name, tensor in copies.items()}
         said = {"version": FORMAT_VERSION, "operations": records, "origins": [vars(it) for it in self.origins]}
         # One key: the library writes several in an order that changes from run to run.
-        save_file(tensors, path, metadata={_METADATA_KEY: _canonical(said)})
+        return save(tensors, metadata={_METADATA_KEY: _canonical(said)})
 
     @classmethod
     def load(cls, path: Path) -> Edit:
@@ -371,8 +378,8 @@ def merge(edits: Iterable[Edit]) -> Edit:
 
     At a site: prunings are the OR of their masks. Patches are the OR of their masks, and where several patch the same
     feature the mean of their values (ActErase, Eq. 7-8). Shifts and latents all read what no other of them changed, and
-    add up; a neuron that is chosen twice takes the larger λ. The order of `edits` changes nothing. A mean of means is
-    another mean: merge all at once.
+    add up; a neuron that is chosen twice takes the larger λ, and the very same shift given twice counts once. The order
+    of `edits` changes nothing. A mean of means is another mean: merge all at once.
 
     Raises:
         InputError: two edits that do not fit one model, or patches for different numbers of tokens.
@@ -388,7 +395,7 @@ def merge(edits: Iterable[Edit]) -> Edit:
 
 
 def _sort_of(operation: Operation) -> tuple[object, ...]:
-    """What operations at one site must share to become one."""
+    """What operations at one site must share to become one; a shift without a neuron is one only with itself."""
     if isinstance(operation, PatchWeightInput):
         return (operation.value is None,)
     if isinstance(operation, PatchActivation):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Collection
+from contextlib import suppress
 from pathlib import Path
 
 from bakeout.editor.errors import InputError
@@ -14,6 +16,11 @@ _SMALL_FILES = re.compile(
     r"|tokenizer(_2)?/(vocab\.json|merges\.txt|tokenizer\.json|tokenizer_config\.json|special_tokens_map\.json"
     r"|added_tokens\.json)"
 )
+_SMALL_FILES_BESIDE = {
+    "safety_checker": "config.json",
+    "image_encoder": "config.json",
+    "feature_extractor": "preprocessor_config.json",
+}
 
 
 def wanted_files(names: list[str], source: str) -> list[str]:
@@ -28,13 +35,34 @@ def wanted_files(names: list[str], source: str) -> list[str]:
         )
     wanted = [name for name in names if _SMALL_FILES.fullmatch(name)]
     for component in WEIGHT_STEMS:
-        inside = [name.removeprefix(f"{component}/") for name in names if name.startswith(f"{component}/")]
-        if not inside:
-            continue
-        chosen = weights_name(inside, component, f"{source}/{component} on the hub")
-        files = [chosen, *shard_names(inside, chosen)] if chosen.endswith(".json") else [chosen]
-        wanted += [f"{component}/{name}" for name in files]
+        if any(name.startswith(f"{component}/") for name in names):
+            wanted += _weight_files(names, component, component, source)
     return sorted(wanted)
+
+
+def files_beside(names: list[str], components: Collection[str], source: str) -> list[str]:
+    """Which of a repository's files to fetch for components that `wanted_files` leaves out; of a pickle none."""
+    wanted = []
+    for component in components:
+        small = f"{component}/{_SMALL_FILES_BESIDE[component]}"
+        if small in names:
+            wanted.append(small)
+        with suppress(InputError):
+            # transformers saves all of its networks under one file name.
+            wanted += _weight_files(names, component, "text_encoder", source)
+    return sorted(wanted)
+
+
+def _weight_files(names: list[str], folder: str, component: str, source: str) -> list[str]:
+    """The weight files in a folder of a repository, named there as those of `component` are."""
+    inside = [name.removeprefix(f"{folder}/") for name in names if name.startswith(f"{folder}/")]
+    chosen = weights_name(inside, component, f"{source}/{folder} on the hub")
+    files = [chosen, *shard_names(inside, chosen)] if chosen.endswith(".json") else [chosen]
+    return [f"{folder}/{name}" for name in files]
+
+
+class _UnreachableError(Exception):
+    """The hub cannot be asked, and why."""
 
 
 def fetch(source: str) -> Path:
@@ -42,18 +70,53 @@ def fetch(source: str) -> Path:
 
     With HF_HUB_OFFLINE set, or without a network, what the cache has is used. Raises InputError if that is nothing.
     """
-    from huggingface_hub import constants, errors
+    repo, revision = _parsed(source)
+    try:
+        return _download(repo, revision, source, lambda names: wanted_files(names, source))
+    except _UnreachableError as why:
+        return _from_cache(repo, revision, source, str(why))
 
+
+def fetch_beside(source: str, snapshot: Path, components: Collection[str]) -> str | None:
+    """Fetch what `fetch` leaves out of a model, because only a copy of the model needs it.
+
+    Args:
+        source: as `fetch` was given it.
+        snapshot: the folder that `fetch` gave, to which the files are added; named by its commit.
+        components: of `safety_checker`, `image_encoder`, `feature_extractor`, those that the model names.
+
+    Returns:
+        None, or why the hub could not be asked, so that files may be missing.
+
+    Raises:
+        InputError: as `fetch`.
+    """
+    try:
+        _download(_parsed(source)[0], snapshot.name, source, lambda names: files_beside(names, components, source))
+    except _UnreachableError as why:
+        return str(why)
+    return None
+
+
+def _parsed(source: str) -> tuple[str, str | None]:
     match = HUB_ID.fullmatch(source)
     if match is None:
         raise InputError(f"{source!a:.200} is not a hub id; write owner/name or owner/name@revision")
-    repo, revision = match["repo"], match["revision"]
+    return match["repo"], match["revision"]
+
+
+def _download(repo: str, revision: str | None, source: str, wanted: Callable[[list[str]], list[str]]) -> Path:
+    """The snapshot, with those files of the repository that are `wanted`. Raises InputError, _UnreachableError."""
+    from huggingface_hub import HfApi, constants, errors, snapshot_download
+
     if constants.is_offline_mode():
-        return _from_cache(repo, revision, source, "HF_HUB_OFFLINE is set")
+        raise _UnreachableError("HF_HUB_OFFLINE is set")
     # The bases of the hub's error are that of its HTTP client, which changed from requests to httpx, and OSError.
     network_errors: tuple[type[BaseException], ...] = (OSError, *errors.HfHubHTTPError.__bases__)
     try:
-        return _download(repo, revision, source)
+        info = HfApi().model_info(repo, revision=revision)
+        files = wanted([sibling.rfilename for sibling in info.siblings or []])
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=files))
     except errors.GatedRepoError:
         raise InputError(
             f"{source} needs its licence accepted on the hub; do that there and run `hf auth login`"
@@ -70,15 +133,7 @@ def fetch(source: str) -> Path:
     except InputError:
         raise
     except network_errors:
-        return _from_cache(repo, revision, source, "the hub cannot be reached")
-
-
-def _download(repo: str, revision: str | None, source: str) -> Path:
-    from huggingface_hub import HfApi, snapshot_download
-
-    info = HfApi().model_info(repo, revision=revision)
-    files = wanted_files([sibling.rfilename for sibling in info.siblings or []], source)
-    return Path(snapshot_download(repo, revision=revision, allow_patterns=files))
+        raise _UnreachableError("the hub cannot be reached") from None
 
 
 def _from_cache(repo: str, revision: str | None, source: str, why: str) -> Path:

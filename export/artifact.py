@@ -7,13 +7,14 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from bakeout.editor.checkpoint_header import read_header
@@ -38,8 +39,6 @@ from bakeout.export.manifest import (
 from bakeout.export.workplace import Workplace, workplace
 
 if TYPE_CHECKING:
-    import os
-
     import torch
 
     from bakeout.editor.edit import Edit, Operation
@@ -47,8 +46,6 @@ if TYPE_CHECKING:
 
 EDIT = "edit.safetensors"
 DIFFUSERS = "diffusers"
-# All that bakeout writes into an artifact. Whatever else lies there is somebody's, and is never deleted.
-_PARTS = (MANIFEST, EDIT, DIFFUSERS, "onnx", "tensorrt", "openvino", "single")
 _SPARE = 16_000_000
 
 
@@ -77,8 +74,7 @@ class Artifact:
         artifact = cls(path, read_manifest(path))
         artifact._check_files()
         artifact._check_edited()
-        edit = path / EDIT
-        if edit.exists() and file_digest(edit) != artifact.manifest.edit_file:
+        if artifact._has_edit() and file_digest(path / EDIT) != artifact.manifest.edit_file:
             raise artifact._changed(EDIT)
         return artifact
 
@@ -87,12 +83,11 @@ class Artifact:
         """The Edit that was baked. Raises InputError if the release left it out, or it is another."""
         from bakeout.editor.edit import Edit
 
-        path = self.folder / EDIT
-        if not path.exists():
+        if not self._has_edit():
             raise InputError(
                 f"{self.folder} was released without its {EDIT}; ask its maker for that file and put it there"
             )
-        edit = Edit.load(path)
+        edit = Edit.load(self.folder / EDIT)
         if edit.digest != self.manifest.edit:
             raise self._changed(EDIT)
         return edit
@@ -120,7 +115,11 @@ class Artifact:
         return self.model.pipeline(device, dtype)
 
     def matches(self, model: Model) -> bool:
-        """Whether `model` is the base that was edited: tensor for tensor, by SHA-256. Reads all of its weights."""
+        """Whether `model` is the base that was edited: tensor for tensor, by SHA-256. Reads all of its weights.
+
+        The tensors' names on disk count, and which of them are stored: a single file and a diffusers folder of one
+        model do not match. What the files are called, and how the tensors are spread over them, does not count.
+        """
         return base_of(model, self.manifest.base.name).components == self.manifest.base.components
 
     def verify(self) -> None:
@@ -130,8 +129,15 @@ class Artifact:
             if file_digest(self.folder / name) != file.sha256:
                 raise self._changed(name)
         self._check_edited()
-        if (self.folder / EDIT).exists():
+        if self._has_edit():
             _ = self.edit
+
+    def _has_edit(self) -> bool:
+        path = self.folder / EDIT
+        # Reading a FIFO or a device would block or never end.
+        if os.path.lexists(path) and not path.is_file():
+            raise self._changed(EDIT)
+        return path.exists()
 
     def _check_files(self) -> None:
         home = self.folder / DIFFUSERS
@@ -139,7 +145,8 @@ class Artifact:
         found = {path.relative_to(self.folder).as_posix(): path for path in paths}
         for name, file in self.manifest.files.items():
             path = found.pop(name, None)
-            if path is None or path.is_symlink() or not path.is_file():
+            # A link to a file is as good as the file: in the hub's cache every file is one.
+            if path is None or not path.is_file():
                 raise InputError(f"{self.folder} lacks its file {name}; take the artifact from its source again")
             if path.stat().st_size != file.bytes:
                 raise self._changed(name)
@@ -212,11 +219,7 @@ def write_artifact(
         OSError: a file cannot be written.
     """
     _refuse_remaining(lowered)
-    # safetensors makes files that only their owner may read.
-    draft = place.new / f"{EDIT}.draft"
-    edit.save(draft)
-    write_synced(place.new / EDIT, [draft.read_bytes()])
-    draft.unlink()
+    write_synced(place.new / EDIT, [edit.to_bytes()])
     write_diffusers(plan, lowered.state, place.new / DIFFUSERS)
     manifest = _manifest(place.new, plan.model, base, edit, lowered, facts)
     write_synced(place.new / MANIFEST, [manifest.to_json()])
@@ -293,5 +296,15 @@ def _not_ours(folder: Path) -> str | None:
         return "it is no folder"
     if not (folder / MANIFEST).is_file():
         return f"it is no artifact (it has no {MANIFEST})"
-    others = sorted(path.name for path in folder.iterdir() if path.name not in _PARTS)
+    try:
+        files = {MANIFEST, EDIT, *read_manifest(folder).files}
+    except InputError:
+        return f"its {MANIFEST} does not tell what else in it is bakeout's"
+    homes = {parent.as_posix() for name in files for parent in PurePosixPath(name).parents}
+    others = sorted(
+        name
+        for path in folder.rglob("*")
+        if (name := path.relative_to(folder).as_posix())
+        not in (homes if path.is_dir() and not path.is_symlink() else files)
+    )
     return f"it holds {others[0]!a:.200}, which bakeout did not write" if others else None

@@ -19,6 +19,7 @@ import numpy as np
 
 from bakeout.editor.checkpoint_header import DTYPE_BYTES, StoredTensor
 from bakeout.editor.errors import InputError
+from bakeout.editor.hub import fetch_beside
 from bakeout.editor.ldm_names import Location
 from bakeout.editor.model import Component, Model
 from bakeout.editor.model_files import VARIANTS, WEIGHT_STEMS, read_component, read_json, weights_name
@@ -62,7 +63,13 @@ class Plan:
 
 
 def plan_diffusers(model: Model) -> Plan:
-    """Which files make the diffusers folder of `model`: a closed list, so that no unedited weights come along."""
+    """Which files make the diffusers folder of `model`: a closed list, so that no unedited weights come along.
+
+    Of a model on the hub, those that only a copy of it needs are fetched, as its safety checker.
+
+    Raises:
+        InputError: those files are not in the hub's cache and cannot be fetched.
+    """
     if model.format == "single_file":
         return Plan(model, _converted_files(model), (), None)
     return _plan_of_folder(model)
@@ -142,11 +149,9 @@ def _plan_of_folder(model: Model) -> Plan:
     for part in model.parts.values():
         names = ("scheduler_config.json",) if part.name == "scheduler" else _TOKENIZER_FILES
         files |= {f"{part.name}/{name}": part.folder / name for name in names if (part.folder / name).is_file()}
-    absent = []
-    for name, found in _beside(model).items():
-        files |= found
-        if not found:
-            absent.append(name)
+    beside = _beside(model)
+    files |= {name: path for found in beside.values() for name, path in found.items()}
+    absent = [name for name, found in beside.items() if not found]
     files["model_index.json"] = folder / "model_index.json"
     if absent:
         files["model_index.json"] = _json({**model.index, **{name: [None, None] for name in absent}})
@@ -160,10 +165,18 @@ def _beside(model: Model) -> dict[str, dict[str, Path]]:
     named = [
         name for name in (*_NETWORKS_BESIDE, "feature_extractor") if model.index.get(name) not in (None, [None, None])
     ]
+    unreachable = fetch_beside(model.source, model.path, named) if named and model.format == "hub" else None
     found = {
         name: _network(model.path, name) if name in _NETWORKS_BESIDE else _feature_extractor(model.path)
         for name in named
     }
+    for name, files in found.items():
+        if unreachable and not files:
+            # Left out now and copied another time, one recipe would give two artifacts.
+            raise InputError(
+                f"{model.source} names its {name}, which is not in the hub's cache as safetensors, and {unreachable}; "
+                "connect, or give the path of a copy of the model"
+            )
     # The pipeline refuses a safety checker that has nothing to prepare its pictures.
     if found.get("safety_checker") and not found.get("feature_extractor"):
         found["safety_checker"] = {}

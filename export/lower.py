@@ -87,7 +87,7 @@ def lower(edit: Edit, sites: Mapping[str, Site], state: State) -> Lowered:
 
     Raises:
         InputError: the Edit is of another model; a tensor is missing, of another shape or of a quantised dtype; or a
-            folded bias is beyond what its dtype holds.
+            folded bias is beyond what its dtype holds, or not finite because the model's own tensors are not.
     """
     changed: dict[str, dict[str, Tensor]] = defaultdict(dict)
     realisations: list[Realisation] = []
@@ -225,7 +225,9 @@ def _folded(plan: _Plan, stored: Mapping[str, Tensor]) -> tuple[dict[str, Tensor
         new[str(linear.weight)] = weight.masked_fill(_zeros(plan.folded, weight), 0.0)
     if bias is not None:
         exact = _exact_bias(plan.folded, weight, bias)
-        rounded = _rounded(linear, exact, bias)
+        rounded = _rounded(exact, bias)
+        if not rounded.isfinite().all():
+            raise _not_finite(linear, exact, stored)
         rounding = _relative_error(rounded.double(), exact, exact != bias.double())
         new[str(linear.bias)] = rounded
     return new, rounding
@@ -269,15 +271,19 @@ def _constant(operations: Sequence[Operation], weight: Tensor) -> Tensor:
     return (weight.double() * seen).sum(1)
 
 
-def _rounded(linear: Site, exact: Tensor, old: Tensor) -> Tensor:
+def _rounded(exact: Tensor, old: Tensor) -> Tensor:
     """`exact` in the dtype of `old`; entries that did not change keep their bits."""
-    new = torch.where(exact != old.double(), _nearest(exact, old.dtype), old)
-    if not new.isfinite().all():
-        raise InputError(
-            f"the Edit makes the bias of {linear.name} as large as {exact.abs().max():.3g}, beyond what {old.dtype} "
-            "holds; take a float32 version of the model"
-        )
-    return new
+    return torch.where(exact != old.double(), _nearest(exact, old.dtype), old)
+
+
+def _not_finite(linear: Site, exact: Tensor, stored: Mapping[str, Tensor]) -> InputError:
+    for name, tensor in stored.items():
+        if not tensor.isfinite().all():
+            return InputError(f"{name} of the model itself has values that are not finite; take a sound copy of it")
+    return InputError(
+        f"the Edit makes the bias of {linear.name} as large as {exact.abs().max():.3g}, beyond what "
+        f"{stored[str(linear.bias)].dtype} holds; take a float32 version of the model"
+    )
 
 
 def _nearest(exact: Tensor, dtype: torch.dtype) -> Tensor:

@@ -9,9 +9,9 @@ import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Final, Literal
+from typing import TYPE_CHECKING, Annotated, Final, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
 
 from bakeout.editor.checkpoint_header import StoredTensor
 from bakeout.editor.errors import InputError
@@ -25,12 +25,21 @@ if TYPE_CHECKING:
 MANIFEST = "bakeout.json"
 FORMAT_VERSION: Final = 1
 
+
+def _printable(text: str) -> str:
+    if not text.isprintable():
+        raise ValueError("it has characters that cannot be printed")
+    return text
+
+
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-# No part begins with a dot, so none leads out of the folder.
-FileName = Annotated[str, Field(pattern=r"^diffusers(/[\w-][\w.-]*){1,2}$", max_length=300)]
-# Printed as they stand, so without what moves a terminal's cursor.
-Text = Annotated[str, Field(pattern=r"^\P{Cc}*$", max_length=2000)]
+# Printed as they stand, so without what moves a terminal's cursor, breaks a line or turns the direction of writing.
+Text = Annotated[str, Field(max_length=2000), AfterValidator(_printable)]
 Name = Annotated[Text, Field(min_length=1)]
+# No part begins with a dot, so none leads out of the folder.
+FileName = Annotated[Text, Field(pattern=r"^diffusers(/[\w-][\w.-]*){1,2}$", max_length=300)]
+# As an operation's site is checked in `bakeout.editor.edit`, which imports torch.
+SiteName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*$", max_length=2000)]
 
 
 class _Record(BaseModel):
@@ -78,7 +87,7 @@ class Source(_Record):
 class Lowering(_Record):
     """How much one operation touches, how it was realised, why so, and the relative error of rounding it."""
 
-    site: Name
+    site: SiteName
     operation: Literal["PatchWeightInput", "PatchActivation", "ShiftActivation", "SteerLatents"]
     touched: Annotated[int, Field(ge=0)]
     of: Annotated[int, Field(ge=1)]
@@ -86,6 +95,12 @@ class Lowering(_Record):
     how: Literal["folded", "graph"]
     reason: Text
     rounding: float | None
+
+    @model_validator(mode="after")
+    def _is_a_share(self) -> Self:
+        if self.touched > self.of:
+            raise ValueError("it touches more than there is")
+        return self
 
 
 class Validity(_Record):
@@ -168,15 +183,14 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def base_of(model: Model, source: str) -> Base:
-    """The identity of `model`, which reads all of its weights once.
+    """The identity of `model`, which reads all of its weights once; `source` is how it is called.
 
     The digest of a component is the SHA-256 of a line for each of its stored tensors, sorted by name, with name, dtype,
     shape and the SHA-256 of its bytes as a JSON list. So a model is the same whatever its files are called or sharded.
     """
     components = {component.name: _identity(component) for component in model.components.values()}
-    return Base.model_validate(
-        {"name": source, "family": model.family, "format": model.format, "components": components}
-    )
+    name = source if source.isprintable() else ascii(source)
+    return Base.model_validate({"name": name, "family": model.family, "format": model.format, "components": components})
 
 
 def validity_of(edit: Edit, components: Iterable[str]) -> Validity:

@@ -6,8 +6,7 @@ Everything happens in `.NAME.baking/` beside the folder NAME, on the same file s
     new/           NAME as it is being written; renamed at the end
     old/           the NAME that is being replaced, between two renames
     gone/          the same, being deleted
-
-One program at a time: the lock on `.NAME.baking/` goes with the process that holds it.
+    lock           one program at a time: the lock on this file goes with the process that holds it
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +23,10 @@ from bakeout.editor.errors import InputError
 
 if sys.platform != "win32":
     import fcntl
+
+_LOCK = "lock"
+# How often a lock may be removed while it is being taken.
+_TRIES = 100
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,7 @@ class Workplace:
             raise
         _sync(self.folder.parent)
         _recover(self.folder, place)
-        shutil.rmtree(place, ignore_errors=True)
+        shutil.rmtree(self.calibration, ignore_errors=True)
 
 
 @contextmanager
@@ -88,7 +91,6 @@ def workplace(folder: Path, is_ours: Callable[[Path], str | None], *, force: boo
 
     place = folder.with_name(f".{folder.name}.baking")
     made = Workplace(folder, place / "calibration", place / "new", check)
-    place.mkdir(parents=True, exist_ok=True)
     with _lock(place, folder):
         try:
             _recover(folder, place)
@@ -99,10 +101,9 @@ def workplace(folder: Path, is_ours: Callable[[Path], str | None], *, force: boo
             yield made
         finally:
             _remove(made.new)
-            for path in (made.calibration, place):
-                # Not empty: an interrupted calibration goes on from there.
-                with suppress(OSError):
-                    path.rmdir()
+            # Not empty: an interrupted calibration goes on from there.
+            with suppress(OSError):
+                made.calibration.rmdir()
 
 
 def sync_folders(folder: Path) -> None:
@@ -128,19 +129,37 @@ def _recover(folder: Path, place: Path) -> None:
 
 @contextmanager
 def _lock(place: Path, folder: Path) -> Iterator[None]:
-    if sys.platform == "win32":  # has no locks that go with the process
-        yield
-        return
-    handle = os.open(place, os.O_RDONLY)
+    """Make `place`, have it alone, and remove it if nothing is left in it."""
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(handle)
-        raise InputError(f"{folder} is being made by another program; wait for it, or choose another folder") from None
-    try:
-        yield
+        with _locked(place, folder):
+            try:
+                yield
+            finally:
+                # Before it is let go: whoever has opened it meanwhile then sees that it is no longer the lock.
+                with suppress(OSError):
+                    (place / _LOCK).unlink()
     finally:
-        os.close(handle)
+        with suppress(OSError):
+            place.rmdir()
+
+
+def _locked(place: Path, folder: Path) -> ExitStack:
+    path = place / _LOCK
+    for _ in range(_TRIES):
+        place.mkdir(parents=True, exist_ok=True)
+        if sys.platform == "win32":  # has no locks that go with the process
+            return ExitStack()
+        # Not found: its last holder removed it, or the place, in between.
+        with suppress(FileNotFoundError), ExitStack() as opened:
+            # Network file systems lock only what is a file, and open for writing.
+            stream = opened.enter_context(path.open("a+b"))
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                break
+            if os.path.samestat(os.fstat(stream.fileno()), path.stat()):
+                return opened.pop_all()
+    raise InputError(f"{folder} is being made by another program; wait for it, or choose another folder")
 
 
 def _remove(folder: Path) -> None:

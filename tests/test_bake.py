@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -18,9 +19,10 @@ from click.testing import CliRunner
 from PIL import Image
 
 import bakeout
-from bakeout import Artifact, InputError, Recipe, open_model
+from bakeout import Artifact, InputError, Recipe, open_model, plot
 from bakeout.cli import main
-from bakeout.editor import methods
+from bakeout.describe import headline
+from bakeout.editor import calibrate, methods
 from bakeout.editor.edit import Edit, Origin, PatchWeightInput
 from bakeout.editor.methods import conceptprune
 from bakeout.export.artifact import making, write_artifact
@@ -173,9 +175,126 @@ def test_an_interrupted_bake_goes_on(recipe: Path, once: Path, tmp_path: Path) -
     assert content(tmp_path / "made") == content(once)
 
 
+def two_edits(model: Path, *second: tuple[str, object]) -> str:
+    return recipe_text(model) + "\n" + recipe_text(model, "ring", **dict(second)).split("\n", 1)[1]
+
+
+@pytest.mark.parametrize(
+    ("bad", "why"),
+    [(("sparsity", 1e-4), "sparsity 0.0001 is too small"), (("first_calls", 4), "first_calls is 4, which takes 4")],
+)
+def test_every_edit_is_checked_before_any_is_calibrated(
+    recipe: Path, tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch, bad: tuple[str, object], why: str
+) -> None:
+    monkeypatch.setattr(calibrate, "observe", lambda *_, **__: pytest.fail("a network ran"))
+    recipe.write_text(two_edits(tiny_model, bad))
+    done = invoke("bake", recipe, "-o", tmp_path / "made", "--device", "cpu")
+    assert done.exit_code == 2
+    assert done.stderr.startswith(f"Error: edits[1] (concept 'ring'): {why}")
+    assert done.stderr.count("\n") == 1
+    assert entries(tmp_path) == ["recipe.toml"]
+
+
+def test_a_refusal_while_calibrating_is_that_of_an_edit(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise InputError("no")
+
+    monkeypatch.setattr(conceptprune, "_mask", refuse)
+    with pytest.raises(InputError, match=r"^edits\[0\] \(concept 'star'\): no\b"):
+        Recipe.load(recipe).bake(tmp_path / "made", device="cpu")
+
+
+def test_prompts_that_are_not_there_are_those_of_an_edit(recipe: Path, tmp_path: Path, tiny_model: Path) -> None:
+    head, _, tail = two_edits(tiny_model).rpartition("prompts = ")
+    recipe.write_text(head + 'prompts = { file = "none.csv" }\n' + tail.split("\n", 1)[1])
+    with pytest.raises(InputError, match=r"edits\[1\] \(concept 'ring'\): .*none\.csv"):
+        Recipe.load(recipe).bake(tmp_path / "made", device="cpu")
+
+
+@pytest.mark.parametrize("where", ["Model.pipeline", "calibrate.observe", "methods.conceptprune._mask"])
+@pytest.mark.parametrize(("dtype", "cure"), [("fp32", "--dtype fp16 or --device cpu"), ("bf16", "--device cpu")])
+def test_full_memory_is_one_sentence_wherever_it_happens(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, dtype: str, cure: str
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("bakeout.editor." + where.replace("Model", "model.Model"), full)
+    done = invoke("bake", recipe, "-o", tmp_path / "made", "--device", "cpu", "--dtype", dtype)
+    assert done.exit_code == 2
+    assert done.stderr.splitlines()[0] == (f"Error: the GPU's memory is full: free some of it, or bake with {cure}")
+
+
+def test_another_sparsity_uses_what_was_calibrated(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(conceptprune, "_mask", stop)
+        with pytest.raises(KeyboardInterrupt):
+            Recipe.load(recipe).bake(tmp_path / "made", device="cpu")
+    monkeypatch.setattr(calibrate, "observe", lambda *_, **__: pytest.fail("a network ran"))
+    recipe.write_text(recipe.read_text().replace("0.1", "0.2"))
+    artifact = Recipe.load(recipe).bake(tmp_path / "made", device="cpu")
+    assert artifact.manifest.edits[0].settings["sparsity"] == 0.2
+    assert entries(tmp_path) == ["made", "recipe.toml"]
+
+
+def test_an_interrupted_user_is_told_what_is_kept_only_if_it_is(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    goes_on = "The same bake, run again, goes on from what was calibrated.\n"
+
+    def ended(where: str, by: BaseException) -> tuple[int, str]:
+        def end(*_: object, **__: object) -> None:
+            raise by
+
+        with monkeypatch.context() as patched:
+            patched.setattr(where, end)
+            done = invoke("bake", recipe, "-o", tmp_path / "made", "--device", "cpu")
+        assert entries(tmp_path)[-1] == "recipe.toml"
+        return done.exit_code, done.stderr
+
+    for early in ("bakeout.editor.model.Model.pipeline", "bakeout.editor.calibrate.observe"):
+        assert ended(early, KeyboardInterrupt()) == (130, "Interrupted.\n")
+        assert entries(tmp_path) == ["recipe.toml"]
+    # The second time it is what the first kept.
+    for _ in range(2):
+        late = ended("bakeout.editor.methods.conceptprune._mask", KeyboardInterrupt())
+        assert late == (130, "Interrupted.\n" + goes_on)
+    code, said = ended("bakeout.recipe.write_artifact", OSError(28, "No space left on device"))
+    assert (code, said.splitlines(keepends=True)[1:]) == (2, [goes_on])
+    # What another recipe kept is of no use.
+    recipe.write_text(recipe.read_text().replace("steps = 3", "steps = 4"))
+    assert ended("bakeout.editor.calibrate.observe", KeyboardInterrupt()) == (130, "Interrupted.\n")
+
+
+def test_warnings_come_before_what_ended_the_bake(
+    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise InputError("no")
+
+    monkeypatch.setattr("bakeout.recipe.write_artifact", refuse)
+    (tmp_path / "recipe.toml").write_text(recipe_text(tiny_model, "thing"))
+    done = invoke("bake", tmp_path / "recipe.toml", "-o", tmp_path / "made", "--device", "cpu")
+    assert done.exit_code == 2
+    first, second, *_ = done.stderr.splitlines()
+    assert first.startswith("Warning: no weight is skilled for 'thing'")
+    assert second == "Error: no"
+
+
 def test_another_method_bakes_as_well(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Other:
         Settings = conceptprune.Settings
+
+        @staticmethod
+        def check(model: Any, pipeline: Any, settings: Any) -> None:
+            pass
 
         @staticmethod
         def calibrate(model: Any, pipeline: Any, concept: str, pairs: Any, settings: Any, **_: object) -> Edit:
@@ -252,6 +371,32 @@ def test_inspect_draws_a_chart(once: Path, tmp_path: Path) -> None:
     assert invoke("inspect", once, "-o", chart, "--force").exit_code == 0
     assert chart.read_bytes() == first
     assert invoke("inspect", once, "-o", tmp_path / "no" / "chart.png").exit_code == 2
+
+
+def test_a_chart_that_cannot_be_finished_leaves_the_one_that_was_there(
+    once: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop_halfway(lowering: object, title: str, path: Path) -> None:
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    chart = tmp_path / "chart.png"
+    chart.write_bytes(b"whole")
+    monkeypatch.setattr(plot, "draw_touched", stop_halfway)
+    done = invoke("inspect", once, "-o", chart, "--force")
+    assert (done.exit_code, done.stderr.count("\n")) == (2, 1)
+    assert "No space left on device" in done.stderr
+    assert chart.read_bytes() == b"whole"
+    assert entries(tmp_path) == ["chart.png"]
+    with pytest.raises(InputError, match=r"is a folder: name a file in it with -o, for example .*chart\.png"):
+        plot.write_chart(Artifact.open(once).manifest, tmp_path, force=True)
+
+
+def test_one_pair_is_no_pairs(once: Path) -> None:
+    manifest = Artifact.open(once).manifest
+    one = manifest.edits[0].model_copy(update={"pairs": 1})
+    assert headline(manifest.model_copy(update={"edits": (one,)})) == "tiny (sd1) without 'star' (conceptprune, 1 pair)"
+    assert headline(manifest).endswith("2 pairs)")
 
 
 def bars(path: Path) -> list[int]:

@@ -58,7 +58,9 @@ def describe_artifact(artifact: Artifact) -> str:
 
 def headline(manifest: Manifest) -> str:
     """The base and what was erased from it, in a line."""
-    erased = ", ".join(f"{it.concept!r} ({it.method}, {it.pairs} pairs)" for it in manifest.edits)
+    erased = ", ".join(
+        f"{it.concept!r} ({it.method}, {it.pairs} {'pair' if it.pairs == 1 else 'pairs'})" for it in manifest.edits
+    )
     return f"{manifest.base.name} ({manifest.base.family}) without {erased or 'anything named'}"
 
 

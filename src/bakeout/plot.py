@@ -23,17 +23,28 @@ _COLOURS = {
 
 
 def write_chart(manifest: Manifest, path: Path, *, force: bool = False) -> None:
-    """Draw an artifact's bars to a file. Raises InputError if it is there and not `force`, or cannot be written."""
+    """Draw an artifact's bars to a file, which is there whole or not at all.
+
+    Raises:
+        InputError: the file is there and `force` is not given, or it cannot be written, or there are no bars.
+    """
     if not manifest.lowering:
         raise InputError(f"this artifact's edit has no operations, so {path} would show nothing: leave -o out")
-    if path.exists() and not force:
-        raise InputError(f"{path} exists already: choose another file with -o, or overwrite it with --force")
     lines = [
         *wrap(headline(manifest), 110),
         *(f"{touched:,} of {of:,} {unit} ({touched / of:.2%})" for unit, touched, of in totals(manifest)),
     ]
     try:
-        draw_touched(manifest.lowering, "\n".join(lines), path)
+        if path.is_dir():
+            raise InputError(f"{path} is a folder: name a file in it with -o, for example {path / 'chart.png'}")
+        if path.exists() and not force:
+            raise InputError(f"{path} exists already: choose another file with -o, or overwrite it with --force")
+        part = path.with_name(f".{path.name}.part")
+        try:
+            draw_touched(manifest.lowering, "\n".join(lines), part)
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
     except OSError as error:
         raise InputError(f"cannot write {path} ({error.strerror}): choose another file with -o") from error
 

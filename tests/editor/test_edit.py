@@ -130,6 +130,20 @@ def test_the_same_edit_gives_the_same_bytes_in_every_process(tmp_path):
     assert len(contents) == 1
 
 
+def test_a_file_is_its_bytes_and_a_full_disk_is_an_error_of_the_system(tmp_path):
+    resource = pytest.importorskip("resource")
+    edit = Edit((PatchWeightInput(FFN2, torch.ones(16, 64, dtype=torch.bool)),))
+    edit.save(tmp_path / "edit")
+    assert (tmp_path / "edit").read_bytes() == edit.to_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            edit.save(tmp_path / "other")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
 def test_tensors_that_share_memory_are_saved(tmp_path):
     value = values(4, 6)
     edit = Edit((
@@ -492,6 +506,14 @@ def test_latents_of_other_autoencoders_rows_or_k_stay_apart():
 def test_shifts_without_a_neuron_stay_apart_and_add_up():
     one, other = ShiftActivation(LAYER, values(7)), ShiftActivation(LAYER, values(7, seed=1))
     assert merge([Edit((one,)), Edit((other,))]) == Edit((one, other))
+
+
+@pytest.mark.parametrize("neuron", ["", "sae:1"])
+def test_the_very_same_shift_given_twice_counts_once(neuron):
+    same = [ShiftActivation(FFN2, torch.ones(16), neuron=neuron) for _ in range(2)]
+    assert merge(Edit((it,)) for it in same) == merge([Edit(tuple(same))]) == Edit((same[0],))
+    other = ShiftActivation(FFN2, torch.ones(16), strength=2.0)
+    assert merge([Edit((same[0], other))]) == Edit((same[0], other))
 
 
 def test_the_order_of_edits_changes_no_bit():

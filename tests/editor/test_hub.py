@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import shutil
 import socket
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,11 +14,14 @@ from typing import Any
 
 import huggingface_hub
 import pytest
+import torch
 from huggingface_hub import constants, errors
+from safetensors.torch import save_file
 
 from bakeout.editor.errors import InputError
 from bakeout.editor.hub import wanted_files
-from bakeout.editor.model import open_model
+from bakeout.editor.model import Model, open_model
+from bakeout.export.checkpoint import plan_diffusers
 
 Folders = Callable[[str], Path]
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -34,12 +40,13 @@ def fill(cache: Path, folder: Path, repo: str = "someone/tiny", ref: str = "main
     """Put a folder into the cache as the hub's library does: blobs, a snapshot of links to them, and a ref."""
     root = cache / f"models--{repo.replace('/', '--')}"
     snapshot = root / "snapshots" / COMMIT
-    for number, path in enumerate(sorted(path for path in folder.rglob("*") if path.is_file())):
-        blob = root / "blobs" / f"{number:040x}"
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        blob = root / "blobs" / hashlib.sha256(path.read_bytes()).hexdigest()
         blob.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, blob)
         link = snapshot / path.relative_to(folder)
         link.parent.mkdir(parents=True, exist_ok=True)
+        link.unlink(missing_ok=True)
         link.symlink_to(Path(*[".."] * len(link.relative_to(root).parts[:-1]), "blobs", blob.name))
     (root / "refs").mkdir(parents=True, exist_ok=True)
     (root / "refs" / ref).write_text(COMMIT)
@@ -150,6 +157,100 @@ def test_online_only_what_is_needed_is_fetched(
         "tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json", "unet/config.json",
         "unet/diffusion_pytorch_model.safetensors", "vae/config.json", "vae/diffusion_pytorch_model.safetensors",
     ]  # fmt: skip
+
+
+@pytest.fixture
+def with_checker(copied: Folders) -> Path:
+    """A model with a safety checker and what prepares its pictures."""
+    folder = copied("sd1")
+    index = json.loads((folder / "model_index.json").read_text())
+    index["safety_checker"] = ["stable_diffusion", "StableDiffusionSafetyChecker"]
+    index["feature_extractor"] = ["transformers", "CLIPImageProcessor"]
+    (folder / "model_index.json").write_text(json.dumps(index))
+    for name in ("safety_checker/config.json", "feature_extractor/preprocessor_config.json"):
+        (folder / name).parent.mkdir()
+        (folder / name).write_text("{}")
+    save_file({"weight": torch.ones(2)}, folder / "safety_checker" / "model.safetensors")
+    return folder
+
+
+@pytest.fixture
+def hub(online: type[Api], cache: Path, with_checker: Path, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """A hub that has `with_checker`, and what was asked of it; files come into the cache as they are asked for."""
+    asked: list[Any] = []
+    online.answer = [path.relative_to(with_checker).as_posix() for path in with_checker.rglob("*") if path.is_file()]
+
+    def download(repo: str, revision: str | None, allow_patterns: list[str]) -> str:
+        asked.append((repo, revision, allow_patterns))
+        with tempfile.TemporaryDirectory() as chosen:
+            for name in allow_patterns:
+                (Path(chosen) / name).parent.mkdir(exist_ok=True)
+                shutil.copy(with_checker / name, Path(chosen) / name)
+            return str(fill(cache, Path(chosen)))
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    return asked
+
+
+BESIDE = [
+    "feature_extractor/preprocessor_config.json", "safety_checker/config.json", "safety_checker/model.safetensors"
+]  # fmt: skip
+
+
+def test_a_copy_of_a_model_on_the_hub_has_the_files_of_a_copy_of_a_folder(hub: list[Any], with_checker: Path) -> None:
+    model = open_model("someone/tiny@v2")
+    assert not (model.path / "safety_checker").exists()
+    plan, local = plan_diffusers(model), plan_diffusers(open_model(with_checker))
+    assert plan.files.keys() == local.files.keys() >= set(BESIDE)
+    assert plan.left_out == local.left_out == ()
+    assert [revision for _, revision, _ in hub] == ["v2", COMMIT]
+    assert hub[1][2] == BESIDE
+
+
+def test_a_model_that_names_nothing_beside_is_asked_for_once(
+    online: type[Api], cache: Path, folders: Folders, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    snapshot = fill(cache, folders("sd1"))
+    model = open_model_offline(monkeypatch)
+    online.answer = AssertionError("the hub was asked")
+    assert model.path == snapshot
+    assert plan_diffusers(model).left_out == ()
+
+
+def open_model_offline(monkeypatch: pytest.MonkeyPatch) -> Model:
+    with monkeypatch.context() as offline:
+        offline.setattr(constants, "HF_HUB_OFFLINE", True)
+        return open_model("someone/tiny")
+
+
+def test_a_safety_checker_that_is_a_pickle_is_not_fetched(
+    hub: list[Any], online: type[Api], with_checker: Path
+) -> None:
+    weights = with_checker / "safety_checker" / "model.safetensors"
+    weights.rename(weights.with_name("pytorch_model.bin"))
+    online.answer = [name.replace("checker/model.safetensors", "checker/pytorch_model.bin") for name in online.answer]
+    plan, local = (plan_diffusers(open_model(source)) for source in ("someone/tiny", with_checker))
+    assert plan.files.keys() == local.files.keys()
+    assert plan.files["model_index.json"] == local.files["model_index.json"]
+    assert "safety_checker (not there as safetensors)" in plan.left_out
+    assert not any(name.endswith(".bin") for _, _, names in hub for name in names)
+
+
+@pytest.mark.parametrize("missing", [*BESIDE, None])
+def test_offline_a_copy_is_whole_or_refused(
+    cache: Path, with_checker: Path, tmp_path: Path, missing: str | None
+) -> None:
+    whole = plan_diffusers(open_model(with_checker)).files.keys()
+    if missing:
+        (with_checker / missing).unlink()
+    fill(cache, with_checker)
+    model = open_model("someone/tiny")
+    if missing is None:
+        assert plan_diffusers(model).files.keys() == whole
+    else:
+        name = missing.partition("/")[0]
+        with pytest.raises(InputError, match=f"names its {name}, which is not in .*, and HF_HUB_OFFLINE is set"):
+            plan_diffusers(model)
 
 
 def response(status: int) -> Any:

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,11 @@ def edited_byte(folder: Path) -> tuple[Path, int]:
     return folder / it.file, read_header(folder / it.file).tensors[it.name].begin
 
 
+def replace_by(path: Path, make: Callable[[Path], object]) -> None:
+    path.unlink()
+    make(path)
+
+
 Change = Callable[[Path], object]
 UNET = "diffusers/unet/diffusion_pytorch_model.safetensors"
 AT_OPEN: dict[str, Change] = {
@@ -110,10 +116,22 @@ AT_OPEN: dict[str, Change] = {
     "a folder of code": lambda folder: (
         (folder / "diffusers/unet/code").mkdir() or (folder / "diffusers/unet/code/x.py").touch()
     ),
-    "a link": lambda folder: (
-        (folder / "diffusers/vae/config.json").rename(folder / "elsewhere")
-        or (folder / "diffusers/vae/config.json").symlink_to(folder / "elsewhere")
+    "an edit that is a folder": lambda folder: replace_by(folder / "edit.safetensors", Path.mkdir),
+    "an edit that is a FIFO": lambda folder: replace_by(folder / "edit.safetensors", os.mkfifo),
+    "an edit that is a dangling link": lambda folder: replace_by(
+        folder / "edit.safetensors", lambda path: path.symlink_to(folder / "nowhere")
     ),
+    "a FIFO": lambda folder: replace_by(folder / "diffusers/vae/config.json", os.mkfifo),
+    "a dangling link": lambda folder: replace_by(
+        folder / "diffusers/vae/config.json", lambda path: path.symlink_to(folder / "nowhere")
+    ),
+    "a link to a folder": lambda folder: replace_by(
+        folder / "diffusers/vae/config.json", lambda path: path.symlink_to(folder / "diffusers/unet")
+    ),
+    "a link to a file of another size": lambda folder: replace_by(
+        folder / "diffusers/vae/config.json", lambda path: path.symlink_to(folder / "diffusers/unet/config.json")
+    ),
+    "a link beside the files": lambda folder: (folder / "diffusers/unet/other.safetensors").symlink_to(folder / UNET),
     "a linked folder": lambda folder: (
         (folder / "diffusers").rename(folder / "elsewhere") or (folder / "diffusers").symlink_to(folder / "elsewhere")
     ),
@@ -136,6 +154,41 @@ def test_verify_finds_any_flipped_bit(copy: Path, name: str) -> None:
     flip(copy / name)
     with pytest.raises(InputError, match="is not as it was baked"):
         artifact.verify()
+
+
+def test_an_edit_that_is_no_file_is_not_asked_from_its_maker(copy: Path) -> None:
+    artifact = Artifact.open(copy)
+    for make in (Path.mkdir, os.mkfifo):
+        (copy / "edit.safetensors").unlink(missing_ok=True)
+        make(copy / "edit.safetensors")
+        for use in (artifact.verify, lambda: artifact.edit):
+            with pytest.raises(InputError, match=r"edit\.safetensors is not as it was baked"):
+                use()
+        if make is Path.mkdir:
+            (copy / "edit.safetensors").rmdir()
+
+
+def linked(folder: Path, to: Path) -> Path:
+    """A folder as the hub's cache has it: every file a link to one elsewhere."""
+    for path in [path for path in folder.rglob("*") if path.is_file()]:
+        link = to / path.relative_to(folder)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(path)
+    return to
+
+
+def test_an_artifact_of_links_opens_and_is_checked_as_files_are(copy: Path, tmp_path: Path, original: Path) -> None:
+    folder = linked(copy, tmp_path / "linked")
+    artifact = Artifact.open(folder)
+    artifact.verify()
+    assert artifact.edit == Artifact.open(original).edit
+    assert artifact.load().unet is not None
+    flip(copy / "diffusers/vae/config.json")
+    with pytest.raises(InputError, match=r"vae/config\.json is not as it was baked"):
+        artifact.verify()
+    flip(*edited_byte(folder))
+    with pytest.raises(InputError, match="is not as it was baked"):
+        Artifact.open(folder)
 
 
 def test_an_edit_that_does_not_fold_is_refused(tiny_model: Path, tmp_path: Path, baked: Baked) -> None:
@@ -190,18 +243,65 @@ def test_an_artifact_is_replaced_only_when_told(copy: Path, tiny_model: Path, ba
 
 
 def test_a_broken_artifact_can_be_replaced(copy: Path, tiny_model: Path, baked: Baked) -> None:
-    (copy / MANIFEST).write_text("{")
+    os.truncate(copy / UNET, 1000)
+    (copy / "diffusers/vae/config.json").unlink()
+    (copy / "edit.safetensors").unlink()
     baked(tiny_model, copy, force=True)
-    Artifact.open(copy)
+    Artifact.open(copy).verify()
+
+
+WITH_SOMETHING_ELSE: dict[str, tuple[Change, str]] = {
+    "a file": (lambda folder: (folder / "notes.txt").touch(), "notes.txt"),
+    "a file deep inside": (lambda folder: (folder / "diffusers/unet/mine.txt").touch(), "diffusers/unet/mine.txt"),
+    "a hidden file": (lambda folder: (folder / "diffusers/.mine").touch(), "diffusers/.mine"),
+    "an empty folder": (lambda folder: (folder / "diffusers/mine").mkdir(), "diffusers/mine"),
+    "a target that bakeout does not write": (
+        lambda folder: (folder / "onnx").mkdir() or (folder / "onnx/mine.onnx").touch(),
+        "onnx",
+    ),
+    "a folder in place of the edit": (
+        lambda folder: (
+            replace_by(folder / "edit.safetensors", Path.mkdir) or (folder / "edit.safetensors/mine").touch()
+        ),
+        "edit.safetensors",
+    ),
+    "a file in place of a folder": (
+        lambda folder: shutil.rmtree(folder / "diffusers") or (folder / "diffusers").touch(),
+        "diffusers",
+    ),
+    "a linked folder": (
+        lambda folder: shutil.rmtree(folder / "diffusers") or (folder / "diffusers").symlink_to(folder.parent),
+        "diffusers",
+    ),
+}
+
+
+@pytest.mark.parametrize(("add", "name"), WITH_SOMETHING_ELSE.values(), ids=WITH_SOMETHING_ELSE.keys())
+def test_an_artifact_with_something_else_in_it_is_never_deleted(
+    copy: Path, tiny_model: Path, baked: Baked, add: Change, name: str
+) -> None:
+    add(copy)
+    before = sorted(copy.rglob("*"))
+    with pytest.raises(InputError, match=f"never overwritten, because it holds '{name}', which bakeout did not write"):
+        baked(tiny_model, copy, force=True)
+    assert sorted(copy.rglob("*")) == before
+
+
+@pytest.mark.parametrize("text", ["", "{", "{}", '{"version": 2}'])
+def test_an_artifact_whose_manifest_cannot_be_read_is_never_deleted(
+    copy: Path, tiny_model: Path, baked: Baked, text: str
+) -> None:
+    (copy / MANIFEST).write_text(text)
+    before = sorted(copy.rglob("*"))
+    with pytest.raises(InputError, match=r"never overwritten, because its bakeout\.json does not tell"):
+        baked(tiny_model, copy, force=True)
+    assert sorted(copy.rglob("*")) == before
 
 
 FOREIGN: dict[str, Change] = {
     "no artifact": lambda folder: folder.mkdir() or (folder / "precious").touch(),
     "an empty folder": lambda folder: folder.mkdir(),
     "a file": lambda folder: folder.touch(),
-    "an artifact with something else in it": lambda folder: (
-        folder.mkdir() or (folder / MANIFEST).touch() or (folder / "notes.txt").touch()
-    ),
 }
 
 
@@ -238,6 +338,24 @@ def test_a_disk_that_refuses_is_an_error_and_nothing_is_left(
         baked(tiny_model, tmp_path / "made")
     monkeypatch.undo()
     assert "\n" not in str(caught.value)
+    assert entries(tmp_path) == []
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has no limits on a file's size")
+def test_a_disk_that_is_full_for_the_edit_is_an_error_and_nothing_is_left(
+    tiny_model: Path, tmp_path: Path, baked: Baked, edited: Any
+) -> None:
+    import resource
+
+    made = edited(open_model(tiny_model))
+    assert len(made.to_bytes()) > 500
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500, limits[1]))
+    try:
+        with pytest.raises(InputError, match=r"cannot write .*made \(File too large\)"):
+            baked(tiny_model, tmp_path / "made", made)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert entries(tmp_path) == []
 
 

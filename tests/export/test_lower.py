@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -579,6 +580,18 @@ def test_a_bias_beyond_its_dtype_is_refused(sites):
         lower(edit, sites, state)
     state["unet"] = {name: it.bfloat16() for name, it in state["unet"].items()}
     assert lower(edit, sites, state).state
+
+
+@pytest.mark.parametrize("broken", [torch.nan, torch.inf])
+@pytest.mark.parametrize("what", ["weight", "bias"])
+def test_a_model_that_is_not_finite_is_not_the_fault_of_the_edit(sites, state, what, broken):
+    weight, bias = str(sites[FFN2].weight), str(sites[FFN2].bias)
+    tensors = {weight: state["unet"][weight].clone(), bias: state["unet"][bias].clone()}
+    tensors[{"weight": weight, "bias": bias}[what]].view(-1)[0] = broken
+    name = re.escape({"weight": weight, "bias": bias}[what])
+    patch = PatchActivation(FFN2, "input", torch.ones(64, dtype=torch.bool), values(64))
+    with pytest.raises(InputError, match=f"^{name} of the model itself has values that are not finite"):
+        lower(Edit((patch,)), sites, {"unet": tensors})
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8, torch.uint8])

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from bakeout.editor.edit import ShiftActivation
 from bakeout.editor.errors import InputError
 from bakeout.editor.model import open_model
 from bakeout.export.artifact import Artifact
-from bakeout.export.manifest import MANIFEST, base_of, read_manifest
+from bakeout.export.manifest import MANIFEST, Lowering, base_of, read_manifest
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +77,16 @@ def test_another_version_is_refused(written: Path, tmp_path: Path, version: obje
         ("base/family", "flux"),
         ("base/name", ""),
         ("base/name", "a\x1b[2Jb"),
+        ("base/name", "a\u202eb"),
+        ("base/name", "a\u2028b"),
+        ("validity/reveals", "a\u2029b"),
+        ("edited/0/name", "a\u2066b"),
+        ("tools", {"a\u200fb": "1"}),
+        ("lowering/0/site", "unet down"),
+        ("lowering/0/site", "unet.down.0.ffn2\n"),
+        ("lowering/0/site", "unet..ffn2"),
+        ("lowering/0/site", "unet.dówn"),
+        ("lowering/0/touched", 10**9),
         ("edit", "A" * 64),
         ("edit", "0" * 63),
         ("edits/0/pairs", "3"),
@@ -108,6 +120,41 @@ def test_hostile_values_are_refused_in_a_sentence(written: Path, tmp_path: Path,
         read_manifest(tmp_path)
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 700
+
+
+def test_a_site_that_a_manifest_names_is_one_that_an_operation_may_have(written: Path) -> None:
+    said = json.loads((written / MANIFEST).read_text())["lowering"][0]
+    for site in (
+        "unet",
+        "unet.down.0.ffn2",
+        "text_encoder.0",
+        "",
+        ".",
+        "a.",
+        ".a",
+        "a b",
+        "a-b",
+        "é",
+        "a\n",
+        "a\u202e",
+    ):
+        allowed = True
+        try:
+            ShiftActivation(site, torch.ones(1))
+        except ValueError:
+            allowed = False
+        try:
+            Lowering.model_validate({**said, "site": site})
+        except ValueError:
+            assert not allowed, site
+        else:
+            assert allowed, site
+
+
+def test_a_model_whose_name_cannot_be_printed_has_an_identity(folders: Callable[[str], Path]) -> None:
+    model = open_model(folders("sd1"))
+    assert base_of(model, "my\u202emodel\n").name == r"'my\u202emodel\n'"
+    assert base_of(model, "mein größtes 模型").name == "mein größtes 模型"
 
 
 @pytest.mark.parametrize("key", ["version", "base", "edit", "edited", "files", "lowering", "validity", "tools"])
@@ -159,3 +206,10 @@ def test_an_artifact_knows_its_base(written: Path, folders: Callable[[str], Path
     assert not artifact.matches(open_model(folders("sdxl")))
     shutil.copytree(folders("sd1"), tmp_path / "copy")
     assert artifact.matches(open_model(tmp_path / "copy"))
+
+
+@pytest.mark.usefixtures("tiny_configs")
+def test_the_same_weights_in_a_single_file_are_another_base(
+    written: Path, single_files: Callable[[str], Path], tmp_path: Path
+) -> None:
+    assert not Artifact.open(written).matches(open_model(single_files("sd1")))

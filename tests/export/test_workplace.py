@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import signal
+import stat
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import IO
 
 import pytest
 
@@ -208,6 +211,62 @@ def test_one_program_at_a_time(tmp_path: Path) -> None:
         other.kill()
     make(folder, "new")
     assert content(folder) == {"new"}
+
+
+@pytest.fixture
+def locks(monkeypatch: pytest.MonkeyPatch) -> list[Callable[[int], None]]:
+    """What happens just before a lock is taken, first to last; it is given the handle."""
+    fcntl = pytest.importorskip("fcntl")
+    flock, before = fcntl.flock, []
+
+    def counted(stream: IO[bytes], how: int) -> None:
+        if before:
+            before.pop(0)(stream.fileno())
+        flock(stream, how)
+
+    monkeypatch.setattr(fcntl, "flock", counted)
+    return before
+
+
+def test_what_is_locked_is_a_file_open_for_writing(tmp_path: Path, locks: list[Callable[[int], None]]) -> None:
+    import fcntl
+
+    seen = []
+    locks.append(lambda handle: seen.append((fcntl.fcntl(handle, fcntl.F_GETFL), os.fstat(handle).st_mode)))
+    make(tmp_path / "made", "new")
+    ((flags, mode),) = seen
+    assert flags & os.O_ACCMODE == os.O_RDWR
+    assert stat.S_ISREG(mode)
+
+
+def test_a_lock_that_its_last_holder_removed_is_not_taken(tmp_path: Path, locks: list[Callable[[int], None]]) -> None:
+    lock = tmp_path / ".made.baking" / "lock"
+    locks += [lambda _: shutil.rmtree(lock.parent), lambda _: lock.unlink() or lock.touch()]  # type: ignore[func-returns-value]
+    with workplace(tmp_path / "made", ours, force=False) as place:
+        assert not locks
+        with pytest.raises(InputError, match="is being made by another program"):
+            make(tmp_path / "made", "other")
+        fill(place, "new")
+        with pytest.raises(InputError, match="is being made by another program"):
+            make(tmp_path / "made", "other", force=True)
+    assert content(tmp_path / "made") == {"new"}
+    assert entries(tmp_path) == ["made"]
+
+
+def test_a_file_system_without_locks_is_an_error_and_no_handle_is_left(
+    tmp_path: Path, locks: list[Callable[[int], None]]
+) -> None:
+    handles = []
+
+    def refuse(handle: int) -> None:
+        handles.append(handle)
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    locks.append(refuse)
+    with pytest.raises(OSError, match="No locks available"):
+        make(tmp_path / "made", "new")
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(handles[0])
 
 
 def test_everything_is_on_the_disk_before_the_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
