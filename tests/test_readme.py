@@ -36,7 +36,7 @@ def test_every_block_is_of_a_tested_kind(root):
     assert set(re.findall(r"^```(\w*)$", text, re.MULTILINE)) == {"", "sh", "console", "python"}
 
 
-def test_the_commands_of_the_readme_run(root, tmp_path):
+def test_the_commands_and_programs_of_the_readme_run(root, tmp_path, monkeypatch):
     text = (root / "README.md").read_text(encoding="utf-8")
     lines = [line for block in blocks(text, "console") for line in block.splitlines() if line.startswith("$ ")]
     assert lines
@@ -52,12 +52,14 @@ def test_the_commands_of_the_readme_run(root, tmp_path):
         )
         assert (done.returncode, done.stderr) == (0, ""), line
     assert len(list((tmp_path / "more").glob("*.png"))) == 6
+    assert (tmp_path / "shares.png").read_bytes().startswith(b"\x89PNG")
 
-
-def test_the_python_of_the_readme_runs(root):
-    (block,) = blocks((root / "README.md").read_text(encoding="utf-8"), "python")
-    names = {}
-    exec(compile(block, "<python of README.md>", "exec"), names)
-    assert names["picture"].size == (64, 64)
-    darkest, brightest = names["picture"].convert("L").getextrema()
-    assert darkest < brightest
+    monkeypatch.chdir(tmp_path)
+    programs = blocks(text, "python")
+    assert programs
+    for program in programs:
+        names = {}
+        exec(compile(program, "<python of README.md>", "exec"), names)
+        assert names["picture"].size == (64, 64)
+        darkest, brightest = names["picture"].convert("L").getextrema()
+        assert darkest < brightest
