@@ -188,7 +188,7 @@ class Naive:
         mask = np.zeros(weight.shape, bool)
         for i, row in enumerate(weight):
             score, other = abs(row) * np.array(target), abs(row) * np.array(reference)
-            for j in np.argsort(-score)[: math.floor(self.options["sparsity"] * len(row))]:
+            for j in np.argsort(-score)[: math.floor(Fraction(str(self.options["sparsity"])) * len(row))]:
                 mask[i, j] = score[j] > other[j]
         return mask
 
@@ -663,7 +663,7 @@ def test_skilled_mask_is_its_definition(data: st.DataObject, weight: Tensor, spa
     target, reference = (
         torch.tensor(data.draw(st.lists(NORMS, min_size=d_in, max_size=d_in)), dtype=torch.float64) for _ in range(2)
     )
-    count = math.floor(sparsity * d_in)
+    count = math.floor(Fraction(str(sparsity)) * d_in)
     if count == 0:
         with pytest.raises(InputError, match="is too small"):
             skilled_mask(weight, target, reference, sparsity)
