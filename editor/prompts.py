@@ -134,6 +134,9 @@ PACKS: Mapping[str, Mapping[str, Template]] = {
     },
 }  # fmt: skip
 
+# Packs whose prompts name their object; baked for another concept, they would not erase what the artifact says.
+_OF_ONE_OBJECT = {"church": "church", "garbage-truck": "garbage truck"}
+
 
 def pairs_from_pack(name: str, concept: str, profile: str | None = None) -> tuple[Pair, ...]:
     """The pairs of a built-in pack (`PACKS`) for `concept`.
@@ -141,10 +144,16 @@ def pairs_from_pack(name: str, concept: str, profile: str | None = None) -> tupl
     `profile` is that of the method: `paper` gives the paper's prompts where they differ, any other the released ones.
 
     Raises:
-        InputError: there is no such pack, or a prompt with this concept is too long or has control characters.
+        InputError: there is no such pack, it is for one object and the concept is another, or a prompt with this
+            concept is too long or has control characters.
     """
     if name not in PACKS:
         raise InputError(f"there is no pack {name!a:.100}; choose one of {', '.join(PACKS)}")
+    if name in _OF_ONE_OBJECT and concept.strip().lower() != _OF_ONE_OBJECT[name]:
+        raise InputError(
+            f"the pack {name} erases {_OF_ONE_OBJECT[name]!a} whatever the concept, which is {concept!a:.100}; name it "
+            "so, or choose the pack object"
+        )
     variants = PACKS[name]
     return pairs_from_template(variants.get(profile or "", variants["released"]), concept)
 

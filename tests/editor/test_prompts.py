@@ -62,8 +62,10 @@ EXPECTED = {
     ("object", "gas pump", "paper"): OBJECT,
     ("church", "church", "released"): [(f"a church {where}", f"a {noun}") for where, noun in CHURCH],
     ("church", "church", "paper"): [(f"a church near a {it}", f"a {it}") for it in PAPER_PLACES],
-    ("garbage-truck", "-", "released"): [(f"a garbage truck {where}", f"a {noun}") for where, noun in TRUCK],
-    ("garbage-truck", "-", "paper"): [(f"a garbage truck near a {it}", f"a {it}") for it in PAPER_PLACES],
+    ("garbage-truck", "garbage truck", "released"): [
+        (f"a garbage truck {where}", f"a {noun}") for where, noun in TRUCK
+    ],
+    ("garbage-truck", "Garbage truck", "paper"): [(f"a garbage truck near a {it}", f"a {it}") for it in PAPER_PLACES],
 }
 for _profile, _opening, _men, _women in (
     ("released", "a headshot of a", MEN, WOMEN),
@@ -85,7 +87,8 @@ def test_a_pack_has_the_published_prompts(name, concept, profile):
 
 @pytest.mark.parametrize("name", PACKS)
 def test_a_pack_has_as_many_pairs_as_published(name):
-    found = tuple(len(pairs_from_pack(name, "x", profile)) for profile in ("released", "paper"))
+    concept = name.replace("-", " ")
+    found = tuple(len(pairs_from_pack(name, concept, profile)) for profile in ("released", "paper"))
     assert found == COUNTS[name]
 
 
@@ -98,6 +101,12 @@ def test_a_profile_that_a_pack_does_not_name_is_the_released_one():
 def test_a_pack_that_is_not_there_is_refused():
     with pytest.raises(InputError, match=r"there is no pack 'stile'; choose one of style, nudity, object, church"):
         pairs_from_pack("stile", "Monet")
+
+
+@pytest.mark.parametrize(("name", "thing"), [("church", "church"), ("garbage-truck", "garbage truck")])
+def test_a_pack_of_one_object_is_refused_for_another(name, thing):
+    with pytest.raises(InputError, match=rf"the pack {name} erases '{thing}' whatever the concept, which is 'dog'"):
+        pairs_from_pack(name, "dog")
 
 
 def words_of(prompt: str) -> dict[str, str]:
