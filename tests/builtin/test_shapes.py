@@ -1,6 +1,7 @@
 """The shipped `shapes`: what it weighs, that anyone can load it, that it draws what it is told, and by its FFNs."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -155,6 +156,15 @@ assert picture.size == (64, 64), picture.size
 assert picture.getextrema() != ((0, 0),) * 3
 """
     subprocess.run([sys.executable, "-c", program, str(MODEL)], check=True, cwd=tmp_path)
+
+
+def test_the_program_of_the_model_card_runs():
+    card = (MODEL / "README.md").read_text(encoding="utf-8")
+    (program,) = re.findall(r"^```python\n(.*?)^```", card, re.MULTILINE | re.DOTALL)
+    names = {}
+    exec(compile(program.replace("path/to/this/folder", str(MODEL)), "<python of the card>", "exec"), names)
+    (seen,) = load_detector().classify([names["picture"]])
+    assert (seen["object"], seen["style"], seen["colour"]) == ("star", "striped", "red")
 
 
 def test_the_tokenizer_has_the_files_that_older_transformers_read():
