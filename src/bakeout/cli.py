@@ -241,8 +241,8 @@ def bake(recipe: Path, folder: Path, force: bool, device: str, dtype: str) -> No
     RECIPE is a TOML file that names the model, the concepts to erase, the method and its prompts.
 
     The artifact DIR has bakeout.json (what was erased from what, and how), edit.safetensors (the edit itself) and
-    diffusers/, an ordinary diffusers folder: DiffusionPipeline.from_pretrained("DIR/diffusers") loads it without
-    bakeout. In it only the tensors that the edit names differ from the model's own.
+    diffusers/, an ordinary diffusers folder: DiffusionPipeline.from_pretrained("DIR/diffusers", dtype=...) loads it
+    without bakeout. In it only the tensors that the edit names differ from the model's own.
 
     DIR appears when it is whole; if the command is interrupted, run it again and it goes on. The same recipe gives the
     same bytes on the same machine.
