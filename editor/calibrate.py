@@ -172,7 +172,7 @@ def sum_over_prompts(
         progress: called with the part, of one, of the pass that was just done.
 
     Raises:
-        InputError: the file cannot be written.
+        InputError: activations that are not finite, or the file cannot be written.
     """
     runs = [
         (number, texts[start : start + PROMPTS_PER_RUN])
@@ -200,7 +200,9 @@ def sum_over_prompts(
         tell(done / len(runs))
     for number, texts in runs[done:]:
         # Whole runs only: one that breaks off leaves no half of itself in the totals.
-        for key, value in sums_of(number, texts).items():
+        sums = sums_of(number, texts)
+        _refuse_unless_finite(sums, pipeline)
+        for key, value in sums.items():
             _add(totals, key, value)
         done += 1
         if saved is not None:
@@ -247,6 +249,14 @@ def _fresh_scheduler(pipeline: Any) -> Any:
 
 def _key(number: int, moment: int, site: Site) -> str:
     return f"{number}/{moment}/{site.name}"
+
+
+def _refuse_unless_finite(sums: Mapping[str, Tensor], pipeline: Any) -> None:
+    for key, value in sums.items():
+        if not value.isfinite().all():
+            narrow = pipeline.unet.dtype in (torch.float16, torch.bfloat16)
+            cure = "calibrate in fp32" if narrow else "this model draws nothing with these settings; mend either"
+            raise InputError(f"the activations at {key.rpartition('/')[2]} are not finite: {cure}")
 
 
 def _add(sums: MutableMapping[str, Tensor], key: str, value: Tensor) -> None:

@@ -424,6 +424,22 @@ def test_the_bars_are_as_long_as_the_shares(tmp_path: Path) -> None:
     assert np.allclose(np.array(lengths) / lengths[-1], np.array(touched) / touched[-1], atol=0.02)
 
 
+def test_prompts_are_read_before_the_model(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bakeout.recipe.open_model", lambda _: pytest.fail("the model was opened"))
+    text = recipe.read_text()
+    start, end = text.index("prompts = "), text.index("settings = ")
+    recipe.write_text(f'{text[:start]}prompts = {{ file = "none.csv" }}\n{text[end:]}')
+    with pytest.raises(InputError, match=r"edits\[0\].*none\.csv does not exist"):
+        Recipe.load(recipe).bake(tmp_path / "made", device="cpu")
+
+
+def test_a_chart_is_called_what_it_is(once: Path, tmp_path: Path) -> None:
+    done = invoke("inspect", once, "-o", tmp_path / "chart.jpg")
+    assert done.exit_code == 2
+    assert "let it end in .png" in done.stderr
+    assert entries(tmp_path) == []
+
+
 def test_a_model_has_no_chart(tiny_model: Path, tmp_path: Path) -> None:
     done = invoke("inspect", tiny_model, "-o", tmp_path / "chart.png")
     assert done.exit_code == 2

@@ -27,12 +27,12 @@ class Method(Protocol):
     Attributes:
         Settings: the schema of the method's settings with their defaults; its field `profile` names a published set
             of them, and what is given beside it wins over the profile.
-        PUBLISHED: may be left out. For a kind of concept (`style`, `nudity`, `gender`, `shapes` for those of the
-            built-in model) what settings are known to work: by their source, the first one the one to take.
+
+    A module may also have `PUBLISHED`: for a kind of concept (`style`, `nudity`, `gender`, `shapes` for those of the
+    built-in model) what settings are known to work, by their source; the first one is the one to take.
     """
 
     Settings: type[BaseModel]
-    PUBLISHED: Mapping[str, Mapping[str, Mapping[str, Any]]]
 
     def check(self, model: Model, pipeline: Any, settings: Any) -> None:
         """Raise InputError for settings that do not fit the model, as `calibrate` would; runs no network."""

@@ -22,7 +22,6 @@ from bakeout.editor.edit import Edit, Origin, PatchWeightInput
 from bakeout.editor.errors import InputError
 from bakeout.editor.model import Model
 from bakeout.editor.prompts import Pair, prompts_digest
-from bakeout.editor.sites import Site
 
 PROFILES: Mapping[str, Mapping[str, Any]] = {
     "released": {"token_normalize": True, "time_step": "call", "include_last": False},
@@ -81,7 +80,7 @@ class Settings(BaseModel):
     site: Literal["ffn2", "ffn1", "attn_key", "attn_value", "text_ffn2"] = "ffn2"
     rows: Literal["both", "conditional"] = "both"
     token_normalize: bool = True
-    sparsity: float = Field(default=0.02, gt=0, le=1)
+    sparsity: float = Field(default=0.02, gt=0, le=1, allow_inf_nan=False)
     time_step: Literal["call", "noise_level"] = "call"
     first_calls: int = Field(default=10, ge=1)
     include_last: bool = False
@@ -179,7 +178,8 @@ def check(model: Model, pipeline: Any, settings: Settings) -> None:
     """See `bakeout.editor.methods.Method`.
 
     Raises:
-        InputError: a sparsity too small for a layer, or more time steps than there are.
+        InputError: a sparsity too small for a layer, more time steps than there are, or more steps than the model was
+            trained with.
     """
     narrowest = min(model.sites_of(settings.site), key=lambda site: site.d_in)
     _count(settings.sparsity, narrowest.d_in, narrowest.name)
@@ -221,7 +221,7 @@ def calibrate(
         moments=_moments(pipeline, settings),
         halves=halves, saved=saved, progress=progress,
     )  # fmt: skip
-    masks = {site.name: _mask(model.module(pipeline, site), sums[site.name], site, settings).cpu() for site in sites}
+    masks = {site.name: _mask(model.module(pipeline, site), sums[site.name], settings).cpu() for site in sites}
     operations = tuple(PatchWeightInput(name, mask) for name, mask in masks.items() if mask.any())
     if not operations:
         warnings.warn(
@@ -234,10 +234,8 @@ def calibrate(
     return Edit(operations, (Origin("conceptprune", concept, used, prompts_digest(pairs), len(pairs)),))
 
 
-def _mask(module: Any, sums: Tensor, site: Site, settings: Settings) -> Tensor:
+def _mask(module: Any, sums: Tensor, settings: Settings) -> Tensor:
     """The mask of one site from its sums of squares [2, time steps, d_in], of target and reference prompts."""
-    if not sums.isfinite().all():
-        raise InputError(f"the activations at {site.name} are not finite: calibrate in fp32")
     target, reference = sums.sqrt()
     weight = module.weight.detach()
     # Relative to t̂, which with `include_last` is one less than the masks are.
@@ -285,6 +283,9 @@ def _moments(pipeline: Any, settings: Settings) -> tuple[int, ...]:
     """Of each UNet call that is needed, the number of its time step; text encoders have one."""
     if settings.site == "text_ffn2":
         return (0,)
+    trained = pipeline.scheduler.config.num_train_timesteps
+    if settings.steps > trained:
+        raise InputError(f"steps is {settings.steps}: this model was trained with {trained}, so use at most as many")
     timesteps = (None, *call_timesteps(pipeline, settings.steps))
     starts = [settings.time_step == "call" or timestep != before for before, timestep in pairwise(timesteps)]
     moments = [number - 1 for number in accumulate(starts)]

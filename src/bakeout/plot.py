@@ -30,6 +30,8 @@ def write_chart(manifest: Manifest, path: Path, *, force: bool = False) -> None:
     """
     if not manifest.lowering:
         raise InputError(f"this artifact's edit has no operations, so {path} would show nothing: leave -o out")
+    if path.suffix.lower() != ".png" and not path.is_dir():
+        raise InputError(f"{path} would be a PNG under another name: let it end in .png")
     lines = [
         *wrap(headline(manifest), 110),
         *(f"{touched:,} of {of:,} {unit} ({touched / of:.2%})" for unit, touched, of in totals(manifest)),

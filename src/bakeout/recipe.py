@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from bakeout.editor.edit import Edit
+    from bakeout.editor.prompts import Pair
 
 # What a bake's bits may depend on.
 _TOOLS = ("diffusers", "numpy", "safetensors", "tokenizers", "torch", "transformers")
@@ -62,6 +63,10 @@ class Recipe(_Recipe):
             InputError: recipe, model and folder do not go together, or the folder cannot be written.
         """
         device = device_from_text(device)
+        prompts = []
+        for number, wanted in enumerate(self.edits):
+            with _refusing(number, wanted):
+                prompts.append(wanted.pairs(self.folder))
         model = open_model(self.source)
         plan = plan_diffusers(model)
         target = Path(folder)
@@ -75,7 +80,7 @@ class Recipe(_Recipe):
                     "calibration": {"device": device.partition(":")[0], "dtype": dtype},
                     "tools": _tools(),
                 }
-                edit = self._calibrate(model, place.calibration, device, dtype, progress)
+                edit = self._calibrate(model, prompts, place.calibration, device, dtype, progress)
                 artifact = _fold_and_write(place, plan, base, edit, facts)
         except BaseException as error:
             if kept is not None and kept():
@@ -84,16 +89,19 @@ class Recipe(_Recipe):
         return Artifact(target, artifact.manifest, _notes(plan, artifact, target))
 
     def _calibrate(
-        self, model: Model, work: Path, device: str, dtype: str, progress: Callable[[float], object] | None
+        self,
+        model: Model,
+        prompts: Sequence[Sequence[Pair]],
+        work: Path,
+        device: str,
+        dtype: str,
+        progress: Callable[[float], object] | None,
     ) -> Edit:
         import torch
 
         from bakeout.editor.edit import merge
 
-        prompts, found = [], []
-        for number, edit in enumerate(self.edits):
-            with _refusing(number, edit):
-                prompts.append(edit.pairs(self.folder))
+        found = []
         try:
             pipeline = model.pipeline(device, dtype_from_text(dtype, device))
             for number, edit in enumerate(self.edits):

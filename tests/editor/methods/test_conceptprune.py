@@ -376,12 +376,23 @@ def test_half_precision_models_work(tiny: tuple[Model, Any], dtype: torch.dtype)
     assert iou(found, right) > 0.9 > 0.8 > iou(found, wrong)
 
 
-def test_activations_that_overflow_are_refused(tiny: tuple[Model, Any]) -> None:
+def test_activations_that_overflow_are_refused_and_not_kept(tiny: tuple[Model, Any], tmp_path: Path) -> None:
     model, _ = tiny
     pipeline = model.pipeline("cpu", torch.float16)
     with torch.no_grad():
         model.module(pipeline, model.sites_of("ffn1")[0]).weight.mul_(1e4)
-    with pytest.raises(InputError, match=r"unet\.down.*ffn2 are not finite: calibrate in fp32"):
+    for _again in range(2):
+        with pytest.raises(InputError, match=r"unet\.down.*ffn2 are not finite: calibrate in fp32"):
+            calibrate(model, pipeline, "ink", PAIRS[:1], Settings(**QUICK), work=tmp_path)
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_in_fp32_no_wider_dtype_is_advised(tiny_model: Path) -> None:
+    model = open_model(tiny_model)
+    pipeline = model.pipeline("cpu", torch.float32)
+    with torch.no_grad():
+        model.module(pipeline, model.sites_of("ffn1")[0]).weight.mul_(float("inf"))
+    with pytest.raises(InputError, match="are not finite: this model draws nothing with these settings"):
         calibrate(model, pipeline, "ink", PAIRS[:1], Settings(**QUICK))
 
 
@@ -454,7 +465,11 @@ def test_the_smallest_sparsity_that_an_error_names_works(d_in: int) -> None:
         ((), {}, "no prompt pairs"),
         (PAIRS, {"first_calls": 7}, "first_calls is 7, which takes 7 time steps, but 6 steps of DDIMScheduler have 6"),
         (PAIRS, {"first_calls": 6, "include_last": True}, "takes 7 time steps"),
-        (PAIRS, {"steps": 5000, "first_calls": 1}, "cannot draw in 5000 steps"),
+        (
+            PAIRS,
+            {"steps": 5000, "first_calls": 1},
+            "steps is 5000: this model was trained with 1000, so use at most as many",
+        ),
     ],
 )
 def test_what_cannot_be_calibrated_is_refused(
