@@ -134,8 +134,16 @@ PACKS: Mapping[str, Mapping[str, Template]] = {
     },
 }  # fmt: skip
 
-# Packs whose prompts name their object; baked for another concept, they would not erase what the artifact says.
-_OF_ONE_OBJECT = {"church": "church", "garbage-truck": "garbage truck"}
+# What a pack that is not for any concept is for; baked for another, an artifact would claim what it does not erase.
+CONCEPTS: Mapping[str, Sequence[str]] = {
+    "nudity": ("nudity", "nude", "naked", "nsfw"),
+    "church": ("church",),
+    "garbage-truck": ("garbage truck",),
+    "male-to-female": ("male", "man", "gender"),
+    "female-to-male": ("female", "woman", "gender"),
+    "shapes-object": ("circle", "square", "triangle", "star", "cross", "ring", "heart", "moon"),
+    "shapes-style": ("striped", "dotted", "checkered"),
+}
 
 
 def pairs_from_pack(name: str, concept: str, profile: str | None = None) -> tuple[Pair, ...]:
@@ -144,15 +152,15 @@ def pairs_from_pack(name: str, concept: str, profile: str | None = None) -> tupl
     `profile` is that of the method: `paper` gives the paper's prompts where they differ, any other the released ones.
 
     Raises:
-        InputError: there is no such pack, it is for one object and the concept is another, or a prompt with this
-            concept is too long or has control characters.
+        InputError: there is no such pack, it is not for this concept (`CONCEPTS`), or a prompt with it is too long or
+            has control characters.
     """
     if name not in PACKS:
         raise InputError(f"there is no pack {name!a:.100}; choose one of {', '.join(PACKS)}")
-    if name in _OF_ONE_OBJECT and concept.strip().lower() != _OF_ONE_OBJECT[name]:
+    if name in CONCEPTS and concept.strip().lower() not in CONCEPTS[name]:
         raise InputError(
-            f"the pack {name} erases {_OF_ONE_OBJECT[name]!a} whatever the concept, which is {concept!a:.100}; name it "
-            "so, or choose the pack object"
+            f"the pack {name} is not for the concept {concept!a:.100}; choose one of {', '.join(CONCEPTS[name])}, or "
+            "another pack"
         )
     variants = PACKS[name]
     return pairs_from_template(variants.get(profile or "", variants["released"]), concept)

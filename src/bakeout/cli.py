@@ -43,15 +43,15 @@ _debug_option = click.option(
     callback=_remember_debug,
     help="Show tracebacks and the libraries' messages.",
 )
-_folder_option = click.option(
-    "-o",
-    "--output",
-    "folder",
-    metavar="DIR",
-    type=click.Path(path_type=Path),
-    required=True,
-    help="Folder of the pictures.",
-)
+
+
+def _output_option(name: str, metavar: str, help_text: str, **more: Any) -> Callable[[Any], Any]:
+    return click.option(
+        "-o", "--output", name, metavar=metavar, type=click.Path(path_type=Path), help=help_text, **more
+    )
+
+
+_pictures_option = _output_option("folder", "DIR", "Folder of the pictures.", required=True)
 
 
 class _Group(click.Group):
@@ -127,7 +127,7 @@ def main() -> None:
     help="auto is fp16 on a GPU, fp32 on the CPU.",
 )
 @click.option("--batch", type=int, default=4, show_default=True, help="Pictures that are drawn at a time.")
-@_folder_option
+@_pictures_option
 @click.option("--force", is_flag=True, help="Overwrite pictures that are there already.")
 @_debug_option
 def generate(
@@ -184,16 +184,7 @@ def generate(
     show_default=True,
     help="The erasure method.",
 )
-@click.option(
-    "-o",
-    "--output",
-    "path",
-    metavar="FILE",
-    type=click.Path(path_type=Path),
-    default="recipe.toml",
-    show_default=True,
-    help="The recipe to write.",
-)
+@_output_option("path", "FILE", "The recipe to write.", default="recipe.toml", show_default=True)
 @click.option("--force", is_flag=True, help="Overwrite a file that is there already.")
 @_debug_option
 def init(method: str, path: Path, force: bool) -> None:
@@ -214,15 +205,7 @@ def init(method: str, path: Path, force: bool) -> None:
 
 @main.command(epilog=_EXIT_CODES)
 @click.argument("recipe", type=click.Path(path_type=Path))
-@click.option(
-    "-o",
-    "--output",
-    "folder",
-    metavar="DIR",
-    type=click.Path(path_type=Path),
-    required=True,
-    help="Folder of the artifact.",
-)
+@_output_option("folder", "DIR", "Folder of the artifact.", required=True)
 @click.option("--force", is_flag=True, help="Replace an artifact that is there already; no other folder ever is.")
 @click.option(
     "--device", default="auto", show_default=True, help="cpu, cuda, cuda:1 or mps; auto is the GPU where there is one."
@@ -265,14 +248,7 @@ def bake(recipe: Path, folder: Path, force: bool, device: str, dtype: str) -> No
 
 @main.command(epilog=_EXIT_CODES)
 @click.argument("model")
-@click.option(
-    "-o",
-    "--output",
-    "chart",
-    metavar="FILE",
-    type=click.Path(path_type=Path),
-    help="Also draw an artifact's shares as bars, in this PNG file.",
-)
+@_output_option("chart", "FILE", "Also draw an artifact's shares as bars, in this PNG file.")
 @click.option("--force", is_flag=True, help="Overwrite FILE if it is there already.")
 @_debug_option
 def inspect(model: str, chart: Path | None, force: bool) -> None:
@@ -311,7 +287,7 @@ def inspect(model: str, chart: Path | None, force: bool) -> None:
 
 
 @main.command(epilog=_EXIT_CODES)
-@_folder_option
+@_pictures_option
 @_debug_option
 def demo(folder: Path) -> None:
     """Draw four pictures with the built-in model `shapes` and print what its own detector sees in them.

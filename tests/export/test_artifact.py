@@ -246,6 +246,8 @@ def test_a_broken_artifact_can_be_replaced(copy: Path, tiny_model: Path, baked: 
     os.truncate(copy / UNET, 1000)
     (copy / "diffusers/vae/config.json").unlink()
     (copy / "edit.safetensors").unlink()
+    with pytest.raises(InputError):
+        Artifact.open(copy)
     baked(tiny_model, copy, force=True)
     Artifact.open(copy).verify()
 
