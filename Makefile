@@ -1,6 +1,8 @@
 # `make demo` and `make test` do all the set-up on a fresh machine. A second `make` installs nothing again.
 PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3.11; do \
 	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
+# With ONNX Runtime for the CPU, or `make EXTRA=gpu` on a machine with an NVIDIA GPU.
+EXTRA ?= cpu
 VENV := .venv
 RUN := $(VENV)/bin/python -m
 INSTALL := $(RUN) pip install --disable-pip-version-check --progress-bar off --constraint constraints.txt
@@ -34,5 +36,5 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "bakeout needs Python 3.11 or newer: install it, or say where it is with 'make PYTHON=...'." >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(INSTALL) setuptools torch
-	$(INSTALL) --no-build-isolation --editable '.[dev]'
+	$(INSTALL) --no-build-isolation --editable '.[dev,$(EXTRA)]'
 	@touch $@

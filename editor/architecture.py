@@ -30,6 +30,7 @@ _BLOCKS = {
 _DEPTHS = (
     "layers_per_block", "transformer_layers_per_block", "reverse_transformer_layers_per_block", "num_hidden_layers",
 )  # fmt: skip
+_MOST_LAYERS = 64  # in one stack: SDXL's second text encoder has 32
 _BY_INPUT_CHANNELS = {
     9: "an inpainting model (its UNet takes 9 channels)",
     8: "an image-editing model like instruct-pix2pix (its UNet takes 8 channels)",
@@ -56,12 +57,13 @@ def build(class_name: str, config: Mapping[str, Any]) -> torch.nn.Module:
 
 
 def describe(
-    class_name: str, config: Mapping[str, Any], where: str, stored: int
+    class_name: str, config: Mapping[str, Any], where: str, stored: int | None
 ) -> tuple[dict[str, tuple[int, ...]], dict[str, Any]]:
     """The shape of every parameter by its name in memory, and the configuration with the library's defaults filled in.
 
-    `where` names the configuration in messages. `stored` is how many tensors the weights hold: every layer has some, so
-    a configuration that asks for more layers is wrong, and building it might take forever. Raises InputError.
+    `where` names the configuration in messages. `stored` is how many tensors the weights hold, None if that is unknown:
+    every layer has some, so a configuration that asks for more layers is wrong, and building it might take forever.
+    Raises InputError.
     """
     _check_depth(config, where, stored)
     try:
@@ -78,11 +80,13 @@ def describe(
     )
 
 
-def _check_depth(config: Mapping[str, Any], where: str, stored: int) -> None:
+def _check_depth(config: Mapping[str, Any], where: str, stored: int | None) -> None:
     layers = 1
     for key in _DEPTHS:
         layers = max(layers, _largest(config.get(key)))
-    if layers > stored:
+    if stored is None and layers > _MOST_LAYERS:
+        raise InputError(f"{where} asks for {layers} layers, more than any model that bakeout edits; {SUPPORTED}")
+    if stored is not None and layers > stored:
         raise InputError(
             f"{where} asks for {layers} layers but the weights hold {stored} tensors; get both from one model"
         )

@@ -42,7 +42,7 @@ def open_folder(folder: Path, source: str, found_as: str) -> Model:
         name = encoder.replace("text_encoder", "tokenizer")
         if name not in classes:
             raise InputError(f"{source} has a {encoder} but no {name}; download the folder again, whole")
-        parts[name] = _tokenizer_part(folder / name, classes[name])
+        parts[name] = tokenizer_part(folder / name, classes[name])
     return Model(source, found_as, family, folder, index, components, parts, tuple(sites))
 
 
@@ -106,7 +106,8 @@ def _locate(parameter: str, _: Shapes) -> Iterator[Location]:
                 yield Location(parameter.replace(f".{new}.", f".{old}."))
 
 
-def _tokenizer_part(folder: Path, class_name: str) -> Part:
+def tokenizer_part(folder: Path, class_name: str) -> Part:
+    """The tokenizer in `folder`. Raises InputError if it is of another class, or its files are not there."""
     if class_name not in CLASSES["tokenizer"]:
         raise InputError(f"{folder} wants the tokenizer class {class_name!a:.100}, not CLIPTokenizer; {SUPPORTED}")
     if not (folder / "tokenizer.json").is_file():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from bakeout.editor.errors import InputError
@@ -18,23 +19,58 @@ _SETTINGS = {"sdxl": ("force_zeros_for_empty_prompt",)}
 
 def load_pipeline(model: Model, device: str | torch.device, dtype: torch.dtype | None) -> Any:
     """See `Model.pipeline`."""
-    StableDiffusionPipeline, StableDiffusionXLPipeline = pipeline_classes()
-    parts: dict[str, Any] = {
+    networks = {
         name: load_module(component.class_name, component.config, component.tensors, component.locations, device, dtype)
         for name, component in model.components.items()
     }
-    for name, part in model.parts.items():
-        parts[name] = _scheduler(part) if name == "scheduler" else _tokenizer(part)
-    settings = {key: model.index[key] for key in _SETTINGS.get(model.family, ()) if key in model.index}
-    if model.family == "sdxl":
+    return make_pipeline(networks, model.parts, model.index, model.family)
+
+
+def make_pipeline(
+    networks: Mapping[str, torch.nn.Module], parts: Mapping[str, Part], index: Mapping[str, Any], family: str
+) -> Any:
+    """The text-to-image pipeline of `family`, without safety checker, watermark and progress bar.
+
+    Args:
+        networks: text encoders, UNet and VAE, by the names in the pipeline.
+        parts: scheduler and tokenizers, by the names in the pipeline.
+        index: the model's `model_index.json`, for the pipeline's settings.
+        family: `sd1`, `sd2` or `sdxl`.
+
+    Raises:
+        InputError: a tokenizer or scheduler does not load.
+    """
+    StableDiffusionPipeline, StableDiffusionXLPipeline = pipeline_classes()
+    all_parts: dict[str, Any] = dict(networks)
+    for name, part in parts.items():
+        all_parts[name] = _scheduler(part) if name == "scheduler" else _tokenizer(part)
+    settings = {key: index[key] for key in _SETTINGS.get(family, ()) if key in index}
+    if family == "sdxl":
         # Left to itself it marks pictures or not by whether a package is installed.
-        pipeline = StableDiffusionXLPipeline(**parts, **settings, add_watermarker=False)
+        pipeline = StableDiffusionXLPipeline(**all_parts, **settings, add_watermarker=False)
     else:
-        _modernise(parts["scheduler"], parts["unet"])
+        _modernise(all_parts["scheduler"], all_parts["unet"])
         off = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-        pipeline = StableDiffusionPipeline(**parts, **off)
+        pipeline = StableDiffusionPipeline(**all_parts, **off)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def image_to_image(pipeline: Any) -> Any:
+    """The image-to-image pipeline of diffusers with the components of a text-to-image one, which stays as it is."""
+    pipeline_classes()  # their imports remark on optional packages
+    from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionXLImg2ImgPipeline
+
+    made: Any
+    config = pipeline.config
+    if "text_encoder_2" in pipeline.components:
+        settings = {"force_zeros_for_empty_prompt": config.force_zeros_for_empty_prompt, "add_watermarker": False}
+        made = StableDiffusionXLImg2ImgPipeline(**pipeline.components, **settings)
+    else:
+        settings = {"requires_safety_checker": config.requires_safety_checker}
+        made = StableDiffusionImg2ImgPipeline(**pipeline.components, **settings)
+    made.set_progress_bar_config(disable=True)
+    return made
 
 
 def pipeline_classes() -> tuple[Any, Any]:

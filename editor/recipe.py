@@ -28,8 +28,8 @@ from bakeout.editor.model import BUILTIN
 from bakeout.editor.prompts import Pair, Template, pairs_from_file, pairs_from_pack, pairs_from_template
 from bakeout.editor.text_files import read_text, text_fault
 
-# What a bake can write.
-TARGETS = ("diffusers",)
+# What a bake can write; the first one always, because the others are made of it.
+TARGETS = ("diffusers", "onnx")
 MAX_BYTES = 100_000
 MAX_CONCEPT = 200
 MAX_NAME = 1_000
@@ -160,7 +160,7 @@ class Recipe(_Table):
         version: of this format.
         model: what `open_model` takes; see `source`.
         edits: one for each concept; their order changes nothing.
-        targets: what to write, of `TARGETS`.
+        targets: what to write, of `TARGETS`; the first of these always.
         validation: how the artifact is judged.
     """
 
@@ -196,7 +196,10 @@ class Recipe(_Table):
                 raise InputError(f"there is no target {target!a:.100}; choose of {', '.join(TARGETS)}")
         if len(set(targets)) < len(targets):
             raise InputError("a target is named twice; name each once")
-        return targets
+        if TARGETS[0] not in targets:
+            raise InputError(f"{TARGETS[0]} is missing, of which every other target is made; name it too")
+        # Their order means nothing, so it does not show in what is baked.
+        return tuple(sorted(targets, key=TARGETS.index))
 
     @property
     def folder(self) -> Path:

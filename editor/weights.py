@@ -46,7 +46,7 @@ def load_module(
             for name, location in locations.items()
         }
         module.load_state_dict(state, strict=True, assign=True)
-    _make_position_ids(module, device)
+    make_position_ids(module, device)
     return module.eval()
 
 
@@ -62,8 +62,8 @@ def _read(file: Any, location: Location, shape: torch.Size) -> torch.Tensor:
     return tensor.reshape(shape) if location.change == "pointwise" else tensor
 
 
-def _make_position_ids(module: torch.nn.Module, device: str | torch.device) -> None:
-    # CLIP's position ids are no parameter and not stored, so building on the meta device left them without values.
+def make_position_ids(module: torch.nn.Module, device: str | torch.device) -> None:
+    """Give CLIP's position ids their values: no parameter and not stored, they have none on the meta device."""
     import torch
 
     for name, buffer in list(module.named_buffers()):

@@ -3,6 +3,7 @@
 - `bakeout.json`: see `manifest.py`; written last.
 - `edit.safetensors`: the Edit; a release may leave it out.
 - `diffusers/`: the base's own files with the edited tensors in place; loads without bakeout.
+- `onnx/`: the same model as ONNX graphs, made from `diffusers/`; see `onnx.py`.
 """
 
 from __future__ import annotations
@@ -10,12 +11,14 @@ from __future__ import annotations
 import os
 import shutil
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, partial
+from importlib.metadata import version
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, Final, Self
 
 from bakeout.editor.checkpoint_header import read_header
 from bakeout.editor.errors import InputError
@@ -29,6 +32,7 @@ from bakeout.export.manifest import (
     File,
     Lowering,
     Manifest,
+    Onnx,
     Source,
     base_of,
     file_digest,
@@ -36,17 +40,27 @@ from bakeout.export.manifest import (
     tensor_digest,
     validity_of,
 )
-from bakeout.export.workplace import Workplace, workplace
+from bakeout.export.workplace import Workplace, recover, workplace
 
 if TYPE_CHECKING:
     import torch
 
     from bakeout.editor.edit import Edit, Operation
     from bakeout.export.lower import Lowered
+    from bakeout.export.onnx_pipeline import SessionSettings
 
 EDIT = "edit.safetensors"
-DIFFUSERS = "diffusers"
+DIFFUSERS: Final = "diffusers"
+ONNX: Final = "onnx"
+TARGETS = (DIFFUSERS, ONNX)
+# What draws with an artifact, and from which of its targets.
+RUNTIMES = {"torch": DIFFUSERS, "onnxruntime": ONNX}
+# In the folder of a validation's report, when the artifact has changed since.
+STALE = "STALE"
+# What a graph's bytes may depend on.
+_EXPORT_TOOLS = ("diffusers", "onnx", "onnx-ir", "torch", "transformers")
 _SPARE = 16_000_000
+_CHUNK = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -64,15 +78,22 @@ class Artifact:
     notes: tuple[str, ...] = ()
 
     @classmethod
-    def open(cls, folder: str | os.PathLike[str]) -> Artifact:
+    def open(cls, folder: str | os.PathLike[str], *, but: str | None = None) -> Self:
         """Open an artifact and check what is quick to check: the manifest, the files, the edit, the edited tensors.
+
+        Args:
+            folder: where it lies.
+            but: a target that need not be whole, because `export` is about to replace it.
 
         Raises:
             InputError: anything is missing, left over or changed.
         """
         path = Path(folder)
+        # Where nothing can be written, nothing was being replaced.
+        with suppress(OSError):
+            recover(path.resolve())
         artifact = cls(path, read_manifest(path))
-        artifact._check_files()
+        artifact._check_files(but)
         artifact._check_edited()
         if artifact._has_edit() and file_digest(path / EDIT) != artifact.manifest.edit_file:
             raise artifact._changed(EDIT)
@@ -98,21 +119,96 @@ class Artifact:
         return open_model(self.folder / DIFFUSERS)
 
     def load(
-        self, runtime: str = "torch", *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+        self,
+        runtime: str = "torch",
+        *,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype | None = None,
+        sessions: SessionSettings | None = None,
     ) -> Any:
-        """A pipeline with the baked weights, as `Model.pipeline` makes it.
+        """The pipeline of diffusers with the baked weights, as `Model.pipeline` makes it.
 
         Args:
-            runtime: `torch`.
-            device: where to.
-            dtype: None keeps the dtypes as stored.
+            runtime: a key of `RUNTIMES`.
+            device: of torch.
+            dtype: of torch; None keeps the dtypes as stored.
+            sessions: of ONNX Runtime; None is the CPU.
 
         Raises:
-            InputError: another runtime, or files that do not load.
+            InputError: another runtime, one that is not installed or whose target the artifact lacks, settings of
+                another runtime, or files that do not load.
         """
-        if runtime != "torch":
-            raise InputError(f"{runtime!a:.50} is no runtime of this artifact; choose torch")
-        return self.model.pipeline(device, dtype)
+        if runtime not in RUNTIMES:
+            raise InputError(f"{runtime!a:.50} is no runtime; choose from {', '.join(RUNTIMES)}")
+        target = RUNTIMES[runtime]
+        if target not in self.manifest.targets:
+            raise InputError(f"{self.folder} has no {target}/; run `bakeout export {self.folder} --target {target}`")
+        if runtime == "torch":
+            if sessions is not None:
+                raise InputError("torch has no sessions; leave their settings out, or load with onnxruntime")
+            return self.model.pipeline(device, dtype)
+        if str(device) != "cpu" or str(dtype) not in ("None", "torch.float32"):
+            raise InputError("device and dtype are torch's; leave them out, and choose ONNX Runtime's providers")
+        from bakeout.export.onnx_pipeline import load_onnx_pipeline
+
+        return load_onnx_pipeline(self.folder / target, sessions)
+
+    def export(self, target: str, *, force: bool = False, progress: Callable[[float], object] | None = None) -> Self:
+        """Add a target, made from `diffusers/`, after every byte of the artifact that stays was checked.
+
+        The artifact is whole at every moment, with the target or without: it is made anew beside itself, of hard links
+        to its files where the file system has them, and takes its own place at the end. The report of an earlier
+        validation, in `validation_folder`, gets a file `STALE` beside it.
+
+        Args:
+            target: `onnx`.
+            force: replace the target where the artifact has it, whole or not.
+            progress: called with the part, of one for the whole, that was just written.
+
+        Returns:
+            The artifact with the target, opened.
+
+        Raises:
+            InputError: another target, or one that is there; a package is missing; the artifact is not as it was baked,
+                holds what bakeout did not write, or has an operator without a form in the target; the disk is full.
+        """
+        if target != ONNX:
+            raise InputError(f"there is nothing to export to {target!a:.50}; choose {ONNX}")
+        exporter = _onnx_exporter()
+        folder = self.folder.expanduser().resolve()
+        if why := _not_ours(folder):
+            raise InputError(f"{self.folder} cannot be exported, because {why}; move that elsewhere")
+        try:
+            with workplace(folder, _not_ours, force=True) as place:
+                replaced = target if force else None
+                current = type(self).open(folder, but=replaced)
+                if target in current.manifest.targets and not force:
+                    raise InputError(f"{self.folder} has {target}/ already; replace it with --force")
+                current.verify(but=replaced)
+                _check_room(place.new, self.folder, exporter.size_of_onnx(current.model))
+                current._link_into(place.new, leave_out=target)
+                manifest = _with_onnx(place.new, current.manifest, progress)
+                write_synced(place.new / MANIFEST, [manifest.to_json()])
+                place.finish()
+                _mark_stale(folder, target)
+        except OSError as error:
+            raise InputError(
+                f"cannot write {self.folder} ({error.strerror or error}); make room or mend its permissions"
+            ) from error
+        return type(self).open(self.folder)
+
+    def _link_into(self, new: Path, leave_out: str) -> None:
+        """Put the artifact's files, but for the manifest and a target, into another folder."""
+        for name in [*self._files_but(leave_out), *([EDIT] if self._has_edit() else [])]:
+            path = self.folder / name
+            (new / name).parent.mkdir(parents=True, exist_ok=True)
+            # Not every file system has hard links, and what lies elsewhere is copied.
+            with suppress(OSError):
+                if not path.is_symlink():
+                    (new / name).hardlink_to(path)
+                    continue
+            with path.open("rb") as stream:
+                write_synced(new / name, iter(partial(stream.read, _CHUNK), b""))
 
     def matches(self, model: Model) -> bool:
         """Whether `model` is the base that was edited: tensor for tensor, by SHA-256. Reads all of its weights.
@@ -122,10 +218,13 @@ class Artifact:
         """
         return base_of(model, self.manifest.base.name).components == self.manifest.base.components
 
-    def verify(self) -> None:
-        """Check every byte against the manifest. Raises InputError for the first file that is not as it was baked."""
-        self._check_files()
-        for name, file in self.manifest.files.items():
+    def verify(self, *, but: str | None = None) -> None:
+        """Check every byte against the manifest, but those of a target that is about to be replaced.
+
+        Raises InputError for the first file that is not as it was baked.
+        """
+        self._check_files(but)
+        for name, file in self._files_but(but).items():
             if file_digest(self.folder / name) != file.sha256:
                 raise self._changed(name)
         self._check_edited()
@@ -139,17 +238,21 @@ class Artifact:
             raise self._changed(EDIT)
         return path.exists()
 
-    def _check_files(self) -> None:
-        home = self.folder / DIFFUSERS
-        paths = () if home.is_symlink() else home.rglob("*")
-        found = {path.relative_to(self.folder).as_posix(): path for path in paths}
-        for name, file in self.manifest.files.items():
+    def _files_but(self, target: str | None) -> dict[str, File]:
+        return {name: file for name, file in self.manifest.files.items() if not name.startswith(f"{target}/")}
+
+    def _check_files(self, but: str | None) -> None:
+        targets = [target for target in TARGETS if target != but]
+        homes = [home for target in targets if not (home := self.folder / target).is_symlink()]
+        found = {path.relative_to(self.folder).as_posix(): path for home in homes for path in home.rglob("*")}
+        for name, file in self._files_but(but).items():
             path = found.pop(name, None)
             # A link to a file is as good as the file: in the hub's cache every file is one.
             if path is None or not path.is_file():
-                raise InputError(f"{self.folder} lacks its file {name}; take the artifact from its source again")
+                raise InputError(f"{self.folder} lacks its file {name}; {self._cure(name)}")
             if path.stat().st_size != file.bytes:
                 raise self._changed(name)
+        found |= {target: home for target in targets if (home := self.folder / target).is_symlink()}
         for name, path in sorted(found.items()):
             # Loaders prefer some names to others, so a file beside the weights may be what is loaded.
             if path.is_symlink() or not path.is_dir():
@@ -163,32 +266,36 @@ class Artifact:
                 raise self._changed(it.file)
 
     def _changed(self, name: str) -> InputError:
-        return InputError(f"{self.folder / name} is not as it was baked; take the artifact from its source again")
+        return InputError(f"{self.folder / name} is not as it was baked; {self._cure(name)}")
+
+    def _cure(self, name: str) -> str:
+        again = "take the artifact from its source again"
+        if name.startswith(f"{ONNX}/"):
+            return f"{again}, or run `bakeout export {self.folder} --target {ONNX} --force`"
+        return again
 
 
 @contextmanager
-def making(folder: Path, plan: Plan, *, force: bool) -> Iterator[Workplace]:
+def making(folder: Path, plan: Plan, *, force: bool, targets: Collection[str] = (DIFFUSERS,)) -> Iterator[Workplace]:
     """A place to write an artifact of the plan's model to, and every refusal that needs no calibration.
 
     Args:
         folder: the artifact to be.
         plan: of the base.
         force: replace an artifact that is there.
+        targets: what it will have.
 
     Raises:
-        InputError: the folder is there, overlaps the base, or cannot be written, or the disk is full.
+        InputError: the folder is there, overlaps the base, or cannot be written; the disk is full; or a package that a
+            target needs is missing.
     """
+    size = plan.size + (_onnx_exporter().size_of_onnx(plan.model) if ONNX in targets else 0)
     target, base = folder.expanduser().resolve(), plan.model.path.resolve()
     if target == base or base in target.parents or target in base.parents:
         raise InputError(f"{folder} and the model {base} lie in one another; choose another folder")
     try:
         with workplace(target, _not_ours, force=force) as place:
-            free = shutil.disk_usage(place.new).free
-            if free < plan.size + _SPARE:
-                raise InputError(
-                    f"{folder} needs {(plan.size + _SPARE) / 1e9:.2f} GB and {free / 1e9:.2f} GB are free there; "
-                    "make room, or choose another folder"
-                )
+            _check_room(place.new, folder, size)
             yield place
     except OSError as error:
         of_base = isinstance(error.filename, str) and Path(error.filename).is_relative_to(plan.model.path)
@@ -199,7 +306,14 @@ def making(folder: Path, plan: Plan, *, force: bool) -> Iterator[Workplace]:
 
 
 def write_artifact(
-    place: Workplace, plan: Plan, base: Base, edit: Edit, lowered: Lowered, facts: Mapping[str, Any]
+    place: Workplace,
+    plan: Plan,
+    base: Base,
+    edit: Edit,
+    lowered: Lowered,
+    facts: Mapping[str, Any],
+    targets: Collection[str] = (DIFFUSERS,),
+    progress: Callable[[float], object] | None = None,
 ) -> Artifact:
     """Write the artifact and put it into its place.
 
@@ -210,21 +324,79 @@ def write_artifact(
         edit: what is baked.
         lowered: the edit's tensors, by `lower`.
         facts: the manifest's `recipe`, `calibration` and `tools`.
+        targets: as for `making`.
+        progress: called with the part, of one for each target but `diffusers`, that was just written.
 
     Returns:
         The artifact, opened.
 
     Raises:
-        InputError: an operation does not fold into weights.
+        InputError: an operation does not fold into weights, or a network cannot be exported.
         OSError: a file cannot be written.
     """
     _refuse_remaining(lowered)
     write_synced(place.new / EDIT, [edit.to_bytes()])
     write_diffusers(plan, lowered.state, place.new / DIFFUSERS)
     manifest = _manifest(place.new, plan.model, base, edit, lowered, facts)
+    if ONNX in targets:
+        manifest = _with_onnx(place.new, manifest, progress)
     write_synced(place.new / MANIFEST, [manifest.to_json()])
     place.finish()
+    _mark_stale(place.folder, DIFFUSERS)
     return Artifact.open(place.folder)
+
+
+def validation_folder(folder: Path) -> Path:
+    """Where the report of validating an artifact lies unless told otherwise: beside it, because it may be signed."""
+    return folder.with_name(f"{folder.name}-validation")
+
+
+def _onnx_exporter() -> ModuleType:
+    """`bakeout.export.onnx`, whose packages are an extra. Raises InputError where one is missing."""
+    try:
+        from bakeout.export import onnx
+    except ModuleNotFoundError as error:
+        if error.name not in ("onnx", "onnx_ir"):
+            raise
+        raise InputError(
+            f"{ONNX} needs the package {error.name}, which is not installed: pip install 'bakeout[cpu]', or "
+            "'bakeout[gpu]' for ONNX Runtime on an NVIDIA GPU"
+        ) from None
+    return onnx
+
+
+def _with_onnx(new: Path, manifest: Manifest, progress: Callable[[float], object] | None) -> Manifest:
+    """Write `onnx/` from the diffusers folder beside it; the manifest with it."""
+    exporter = _onnx_exporter()
+    exporter.write_onnx(open_model(new / DIFFUSERS), new / ONNX, progress)
+    how = Onnx(opset=exporter.OPSET, precision="fp32", tools={name: version(name) for name in _EXPORT_TOOLS})
+    others = {name: file for name, file in manifest.files.items() if not name.startswith(f"{ONNX}/")}
+    return manifest.model_copy(update={"targets": TARGETS, "files": {**others, **_files(new, ONNX)}, "onnx": how})
+
+
+def _files(new: Path, target: str) -> dict[str, File]:
+    paths = sorted(path for path in (new / target).rglob("*") if path.is_file())
+    return {
+        path.relative_to(new).as_posix(): File(bytes=path.stat().st_size, sha256=file_digest(path)) for path in paths
+    }
+
+
+def _check_room(new: Path, folder: Path, size: int) -> None:
+    free = shutil.disk_usage(new).free
+    if free < size + _SPARE:
+        raise InputError(
+            f"{folder} needs {(size + _SPARE) / 1e9:.2f} GB and {free / 1e9:.2f} GB are free there; "
+            "make room, or choose another folder"
+        )
+
+
+def _mark_stale(folder: Path, target: str) -> None:
+    report = validation_folder(folder)
+    said = f"This report is older than {target}/ of {folder.name}: run bakeout validate {folder.name} again.\n"
+    # A courtesy: the report itself names the manifest that it is of.
+    if (report / "report.json").is_file():
+        with suppress(OSError):
+            (report / STALE).write_text(said, encoding="utf-8")
 
 
 def _refuse_remaining(lowered: Lowered) -> None:
@@ -242,7 +414,6 @@ def _refuse_remaining(lowered: Lowered) -> None:
 
 
 def _manifest(new: Path, model: Model, base: Base, edit: Edit, lowered: Lowered, facts: Mapping[str, Any]) -> Manifest:
-    paths = sorted(path for path in (new / DIFFUSERS).rglob("*") if path.is_file())
     components = [name for name, tensors in lowered.state.items() if tensors]
     return Manifest(
         version=FORMAT_VERSION,
@@ -261,10 +432,7 @@ def _manifest(new: Path, model: Model, base: Base, edit: Edit, lowered: Lowered,
             component.name: tuple(sorted({component.tensors[it.tensor].dtype for it in component.locations.values()}))
             for component in model.components.values()
         },
-        files={
-            path.relative_to(new).as_posix(): File(bytes=path.stat().st_size, sha256=file_digest(path))
-            for path in paths
-        },
+        files=_files(new, DIFFUSERS),
         **facts,
     )
 

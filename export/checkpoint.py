@@ -119,6 +119,13 @@ def write_synced(path: Path, chunks: Iterable[bytes]) -> None:
         os.fsync(stream.fileno())
 
 
+def sync_files(folder: Path) -> None:
+    """Wait until the files in `folder`, that somebody else wrote, are on the disk."""
+    for path in folder.iterdir():
+        with path.open("rb+") as stream:
+            os.fsync(stream.fileno())
+
+
 def places(model: Model, component: str, tensor: str) -> tuple[tuple[str, str], ...]:
     """Where a stored tensor of `model` lies in its diffusers folder: file (with `/`) and name of each tensor there."""
     part = model.components[component]
@@ -136,6 +143,23 @@ def read_tensor(tensor: StoredTensor) -> Iterator[bytes]:
     with tensor.file.open("rb") as stream:
         stream.seek(tensor.begin)
         yield from _read(stream, tensor.end - tensor.begin, tensor.file)
+
+
+def parameter_shape(component: Component, parameter: str) -> tuple[int, ...]:
+    """The shape of a parameter, by its name in memory."""
+    location = component.locations[parameter]
+    return _shape(component.tensors[location.tensor], location)
+
+
+def read_parameter(component: Component, parameter: str) -> bytes:
+    """The bytes of a parameter, by its name in memory, in the dtype that is stored.
+
+    Raises:
+        InputError: the file became shorter since it was opened.
+    """
+    location = component.locations[parameter]
+    stored = component.tensors[location.tensor]
+    return _parameter(stored, location, b"".join(read_tensor(stored)))
 
 
 def _plan_of_folder(model: Model) -> Plan:

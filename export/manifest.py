@@ -37,7 +37,8 @@ Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Text = Annotated[str, Field(max_length=2000), AfterValidator(_printable)]
 Name = Annotated[Text, Field(min_length=1)]
 # No part begins with a dot, so none leads out of the folder.
-FileName = Annotated[Text, Field(pattern=r"^diffusers(/[\w-][\w.-]*){1,2}$", max_length=300)]
+FileName = Annotated[Text, Field(pattern=r"^(diffusers|onnx)(/[\w-][\w.-]*){1,2}$", max_length=300)]
+WeightsName = Annotated[FileName, Field(pattern=r"^diffusers/")]
 # As an operation's site is checked in `bakeout.editor.edit`, which imports torch.
 SiteName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*$", max_length=2000)]
 
@@ -66,7 +67,7 @@ class Base(_Record):
 class EditedTensor(_Record):
     """A tensor that differs from the base: where it lies now and there, and the SHA-256 of its bytes now and there."""
 
-    file: FileName
+    file: WeightsName
     name: Name
     sha256: Sha256
     component: Name
@@ -119,6 +120,14 @@ class File(_Record):
     sha256: Sha256
 
 
+class Onnx(_Record):
+    """What `onnx/` was written with: ONNX's opset, the weights' precision, and versions."""
+
+    opset: Annotated[int, Field(ge=1)]
+    precision: Literal["fp32"]
+    tools: dict[Name, Text]
+
+
 class Manifest(_Record):
     """The content of `bakeout.json`.
 
@@ -131,12 +140,13 @@ class Manifest(_Record):
         lowering: one entry an operation.
         edited: every tensor that differs from the base.
         validity: where the edit holds.
-        targets: the formats in the folder.
-        precision: component → dtypes as stored.
+        targets: the formats in the folder, each a folder in it; `diffusers` always.
+        precision: component → dtypes as stored in `diffusers`.
         calibration: on which kind of device, and in which dtype, the methods ran the model.
         recipe: the recipe, without the folders of the machine.
         tools: versions; another version, or another machine, may round otherwise.
-        files: of the diffusers folder, all.
+        files: of the targets, all.
+        onnx: how the target of that name was written; None without it.
     """
 
     version: Literal[1]
@@ -147,12 +157,21 @@ class Manifest(_Record):
     lowering: tuple[Lowering, ...]
     edited: tuple[EditedTensor, ...]
     validity: Validity
-    targets: tuple[Name, ...]
+    targets: tuple[Literal["diffusers", "onnx"], ...]
     precision: dict[Name, tuple[Name, ...]]
     calibration: dict[Name, str]
     recipe: dict[str, JsonValue]
     tools: dict[Name, str]
     files: dict[FileName, File]
+    onnx: Onnx | None = None
+
+    @model_validator(mode="after")
+    def _has_what_it_names(self) -> Self:
+        if set(self.targets) != {name.partition("/")[0] for name in self.files} or "diffusers" not in self.targets:
+            raise ValueError("its targets are not those of its files")
+        if len(set(self.targets)) < len(self.targets) or (self.onnx is None) == ("onnx" in self.targets):
+            raise ValueError("it names a target twice, or one without saying how it was written")
+        return self
 
     def to_json(self) -> bytes:
         """The same manifest gives the same bytes."""

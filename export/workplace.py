@@ -77,7 +77,8 @@ def workplace(folder: Path, is_ours: Callable[[Path], str | None], *, force: boo
         force: replace what is there.
 
     Raises:
-        InputError: the folder is there already, or another program is making it.
+        InputError: the folder is there already, another program is making it, or it is to be replaced and this one
+            works in it.
         OSError: the place cannot be written.
     """
 
@@ -88,8 +89,11 @@ def workplace(folder: Path, is_ours: Callable[[Path], str | None], *, force: boo
             raise InputError(f"{folder} exists and is never overwritten, because {why}; choose another folder")
         if not force:
             raise InputError(f"{folder} exists already; choose another folder, or replace it with --force")
+        # What is there now is deleted at the end, and with it the folder in which whoever calls this stands.
+        if Path.cwd().is_relative_to(folder):
+            raise InputError(f"{folder} is replaced as a whole, and you are in it; go to another folder first")
 
-    place = folder.with_name(f".{folder.name}.baking")
+    place = _place(folder)
     made = Workplace(folder, place / "calibration", place / "new", check)
     with _lock(place, folder):
         try:
@@ -106,12 +110,32 @@ def workplace(folder: Path, is_ours: Callable[[Path], str | None], *, force: boo
                 made.calibration.rmdir()
 
 
+def recover(folder: Path) -> None:
+    """Put back the folder that a program was replacing when it was killed between the two renames.
+
+    Args:
+        folder: an absolute path without links.
+
+    Raises:
+        InputError: a program is at it now.
+        OSError: the file system refuses.
+    """
+    place = _place(folder)
+    if (place / "old").exists() and not os.path.lexists(folder):
+        with _lock(place, folder):
+            _recover(folder, place)
+
+
 def sync_folders(folder: Path) -> None:
     """Wait until the names of everything in `folder` are on the disk."""
     for path in folder.rglob("*"):
         if path.is_dir():
             _sync(path)
     _sync(folder)
+
+
+def _place(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.baking")
 
 
 def _recover(folder: Path, place: Path) -> None:

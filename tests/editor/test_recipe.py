@@ -244,8 +244,13 @@ PROMPTS = 'where the prompt pairs come from, for example { pack = "style" }'
         ('"some/model"', r'"a\u0000b"', r"model: it has the control character '\x00' at place 2; take it out"),
         ('["diffusers"]', '"diffusers"', "targets is 'diffusers': it must be a list"),
         ('["diffusers"]', "[]", "targets is a list of 0: it must have at least 1"),
-        ('["diffusers"]', '["diffusers", "onx"]', "targets: there is no target 'onx'; choose of diffusers"),
+        ('["diffusers"]', '["diffusers", "onx"]', "targets: there is no target 'onx'; choose of diffusers, onnx"),
         ('["diffusers"]', '["diffusers", "diffusers"]', "targets: a target is named twice; name each once"),
+        (
+            '["diffusers"]',
+            '["onnx"]',
+            "targets: diffusers is missing, of which every other target is made; name it too",
+        ),
         ('["diffusers"]', "[1]", "targets[0] is 1: it must be text in quotes"),
         ('"release"', '"slow"', "validation.profile is 'slow': it must be 'quick' or 'release'"),
         (
@@ -425,11 +430,17 @@ def test_what_is_no_file_is_told(tmp_path):
 
 
 def test_a_new_target_is_one_line(load, monkeypatch):
-    text = MINIMAL.replace("\n", '\ntargets = ["onnx", "diffusers"]\n', 1)
-    with pytest.raises(InputError, match="there is no target 'onnx'"):
+    text = MINIMAL.replace("\n", '\ntargets = ["fax", "diffusers"]\n', 1)
+    with pytest.raises(InputError, match="there is no target 'fax'"):
         load(text)
-    monkeypatch.setattr(recipes, "TARGETS", ("diffusers", "onnx"))
-    assert load(text).targets == ("onnx", "diffusers")
+    monkeypatch.setattr(recipes, "TARGETS", ("diffusers", "fax"))
+    assert load(text).targets == ("diffusers", "fax")
+
+
+def test_the_order_of_targets_means_nothing(load):
+    said = [load(MINIMAL.replace("\n", f"\ntargets = {targets}\n", 1)).targets
+            for targets in ('["onnx", "diffusers"]', '["diffusers", "onnx"]')]  # fmt: skip
+    assert said == [("diffusers", "onnx")] * 2
 
 
 def test_an_edit_made_in_python_is_checked_as_well():

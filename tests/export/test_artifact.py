@@ -18,9 +18,11 @@ import torch
 
 from bakeout.editor.edit import Edit, PatchActivation, PatchWeightInput, ShiftActivation
 from bakeout.editor.errors import InputError
-from bakeout.editor.model import open_model
+from bakeout.editor.model import Model, open_model
 from bakeout.export import artifact as module
-from bakeout.export.artifact import Artifact
+from bakeout.export import onnx as exporter
+from bakeout.export.artifact import STALE, Artifact, making, validation_folder
+from bakeout.export.checkpoint import plan_diffusers
 from bakeout.export.manifest import MANIFEST
 
 Baked = Callable[..., Artifact]
@@ -439,3 +441,254 @@ def test_a_base_of_a_single_file_bakes(single_files: Any, tiny_configs: None, tm
     assert artifact.matches(open_model(single_files("sd1")))
     said = json.loads((tmp_path / "made" / MANIFEST).read_text())
     assert said["base"]["name"] == "sd1.safetensors"
+
+
+Written = Callable[[Model, Path, Callable[[float], object] | None], None]
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> Callable[[Written], None]:
+    """Puts something in the place of `write_onnx`; by default a folder of two files, of the model's own bytes."""
+
+    def write(model: Model, folder: Path, progress: Callable[[float], object] | None = None) -> None:
+        (folder / "unet").mkdir(parents=True)
+        (folder / "unet" / "model.onnx").write_bytes(model.components["unet"].files[0].read_bytes()[::-1])
+        (folder / "model_index.json").write_text("{}")
+        if progress is not None:
+            progress(1.0)
+
+    def put(function: Written = write) -> None:
+        monkeypatch.setattr(exporter, "write_onnx", function)
+
+    put()
+    return put
+
+
+def test_an_export_adds_a_target_and_leaves_the_rest(exported: Path) -> None:
+    artifact = Artifact.open(exported)
+    artifact.verify()
+    manifest = artifact.manifest
+    assert manifest.targets == ("diffusers", "onnx")
+    assert manifest.onnx is not None
+    assert (manifest.onnx.opset, manifest.onnx.precision) == (exporter.OPSET, "fp32")
+    assert manifest.onnx.tools.keys() >= {"onnx", "onnx-ir", "torch"}
+    assert {"onnx/unet/model.onnx", "onnx/model_index.json"} <= manifest.files.keys()
+    assert entries(exported) == ["bakeout.json", "diffusers", "edit.safetensors", "onnx"]
+    mask = os.umask(0)
+    os.umask(mask)
+    assert {path.stat().st_mode & 0o777 for path in exported.rglob("*") if path.is_file()} == {0o666 & ~mask}
+
+
+def test_exported_files_are_the_same_files_where_they_can_be(copy: Path, quick: Any, monkeypatch: Any) -> None:
+    before = content(copy)
+    inode = (copy / UNET).stat().st_ino
+    assert Artifact.open(copy).export("onnx").manifest.targets == ("diffusers", "onnx")
+    assert (copy / UNET).stat().st_ino == inode
+    after = content(copy)
+    assert {name for name, raw in before.items() if after[name] != raw} == {MANIFEST}
+    assert after.keys() - before.keys() == {"onnx/unet/model.onnx", "onnx/model_index.json"}
+    monkeypatch.setattr(Path, "hardlink_to", lambda *_: Path("/nowhere").rmdir())
+    Artifact.open(copy).export("onnx", force=True)
+    assert (copy / UNET).stat().st_ino != inode
+    assert content(copy) == after
+
+
+def test_an_artifact_of_links_is_exported_as_files(copy: Path, tmp_path: Path, quick: Any) -> None:
+    elsewhere = tmp_path / "blob"
+    (copy / UNET).rename(elsewhere)
+    (copy / UNET).symlink_to(elsewhere)
+    expected = elsewhere.read_bytes()
+    Artifact.open(copy).export("onnx").verify()
+    assert not (copy / UNET).is_symlink()
+    assert (copy / UNET).read_bytes() == expected == elsewhere.read_bytes()
+    assert (copy / UNET).stat().st_ino != elsewhere.stat().st_ino
+
+
+def test_without_its_edit_it_is_exported_too(copy: Path, quick: Any) -> None:
+    (copy / "edit.safetensors").unlink()
+    Artifact.open(copy).export("onnx").verify()
+    assert not (copy / "edit.safetensors").exists()
+
+
+def test_a_target_is_replaced_only_when_told(copy: Path, quick: Any) -> None:
+    done: list[float] = []
+    artifact = Artifact.open(copy).export("onnx", progress=done.append)
+    assert done == [1.0]
+    before = content(copy)
+    with pytest.raises(InputError, match=r"has onnx/ already; replace it with --force"):
+        artifact.export("onnx")
+    assert content(copy) == before
+    assert artifact.export("onnx", force=True).manifest == artifact.manifest
+    assert content(copy) == before
+    with pytest.raises(InputError, match="nothing to export to 'fax'; choose onnx"):
+        artifact.export("fax")
+
+
+AFTER_EXPORT: dict[str, Change] = {
+    "a missing graph": lambda folder: (folder / "onnx/unet/model.onnx").unlink(),
+    "a truncated graph": lambda folder: os.truncate(folder / "onnx/unet/model.onnx", 1000),
+    "no folder": lambda folder: shutil.rmtree(folder / "onnx"),
+    "a graph beside": lambda folder: (folder / "onnx/unet/model_quantized.onnx").touch(),
+    "data beside": lambda folder: (folder / "onnx/unet/model.onnx_data").touch(),
+    "a linked folder": lambda folder: (
+        (folder / "onnx").rename(folder / "elsewhere") or (folder / "onnx").symlink_to(folder / "elsewhere")
+    ),
+}
+
+
+@pytest.mark.parametrize("change", AFTER_EXPORT.values(), ids=AFTER_EXPORT.keys())
+def test_an_export_that_was_changed_does_not_open(copy: Path, quick: Any, change: Change) -> None:
+    Artifact.open(copy).export("onnx")
+    change(copy)
+    with pytest.raises(InputError):
+        Artifact.open(copy)
+
+
+@pytest.mark.parametrize("change", list(AFTER_EXPORT.values())[:3], ids=list(AFTER_EXPORT)[:3])
+def test_an_export_that_is_not_whole_is_written_again_when_told(copy: Path, quick: Any, change: Change) -> None:
+    Artifact.open(copy).export("onnx")
+    before = content(copy)
+    change(copy)
+    with pytest.raises(InputError, match=r"; take the artifact .* or run `bakeout export .* --target onnx --force`"):
+        Artifact.open(copy)
+    assert Artifact.open(copy, but="onnx").export("onnx", force=True).manifest.targets == ("diffusers", "onnx")
+    assert content(copy) == before
+    flip(copy / "onnx/unet/model.onnx")
+    Artifact.open(copy).export("onnx", force=True)
+    assert content(copy) == before
+
+
+def test_what_is_no_part_of_the_replaced_target_is_never_deleted_or_trusted(copy: Path, quick: Any) -> None:
+    Artifact.open(copy).export("onnx")
+    beside = copy / "onnx" / "mine"
+    beside.touch()
+    with pytest.raises(InputError, match="holds 'onnx/mine', which bakeout did not write"):
+        Artifact.open(copy, but="onnx").export("onnx", force=True)
+    beside.unlink()
+    (copy / UNET).unlink()
+    with pytest.raises(InputError, match="lacks its file diffusers/"):
+        Artifact.open(copy, but="onnx")
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, lambda path: path.symlink_to("/nowhere")], ids=["a folder", "a link"])
+def test_a_target_that_the_manifest_does_not_name_does_not_open(copy: Path, make: Change) -> None:
+    make(copy / "onnx")
+    if (copy / "onnx").is_dir():
+        (copy / "onnx" / "model_index.json").touch()
+    with pytest.raises(InputError, match="which is not part of the artifact; remove it"):
+        Artifact.open(copy)
+
+
+def test_verify_finds_a_flipped_bit_of_a_graph(copy: Path, quick: Any) -> None:
+    Artifact.open(copy).export("onnx")
+    flip(copy / "onnx/unet/model.onnx")
+    with pytest.raises(InputError, match=r"model\.onnx is not as it was baked"):
+        Artifact.open(copy).verify()
+
+
+def test_only_what_is_as_it_was_baked_is_exported(copy: Path, quick: Any) -> None:
+    artifact = Artifact.open(copy)
+    flip(copy / "diffusers/vae/diffusion_pytorch_model.safetensors")
+    before = content(copy)
+    with pytest.raises(InputError, match="is not as it was baked"):
+        artifact.export("onnx")
+    assert content(copy) == before
+
+
+def test_an_artifact_with_something_else_in_it_is_not_exported(copy: Path, quick: Any) -> None:
+    (copy / "notes.txt").write_text("mine")
+    before = content(copy)
+    with pytest.raises(InputError, match=r"cannot be exported, because it holds 'notes\.txt'.*; move that elsewhere"):
+        Artifact.open(copy).export("onnx")
+    assert content(copy) == before
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device"), ValueError()])
+def test_an_export_that_fails_leaves_the_artifact_as_it_was(
+    copy: Path, tmp_path: Path, quick: Any, error: BaseException
+) -> None:
+    def fail(_: Model, folder: Path, __: object = None) -> None:
+        folder.mkdir()
+        (folder / "model_index.json").touch()
+        raise error
+
+    quick(fail)
+    before = content(copy)
+    with pytest.raises(InputError if isinstance(error, OSError) else type(error)) as caught:
+        Artifact.open(copy).export("onnx")
+    assert not isinstance(error, OSError) or "copy (No space left on device); make room" in str(caught.value)
+    assert content(copy) == before
+    assert entries(tmp_path) == ["copy"]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_killed_anywhere_an_export_leaves_a_whole_artifact(copy: Path, tmp_path: Path, quick: Any) -> None:
+    before = content(copy)
+    shutil.copytree(copy, tmp_path / "expected")
+    Artifact.open(tmp_path / "expected").export("onnx")
+    expected, moment, away = content(tmp_path / "expected"), 0, 0
+    while forked(lambda: Artifact.open(copy).export("onnx", force=True), moment := moment + 1):
+        away += not copy.exists()
+        Artifact.open(copy).verify()
+        assert content(copy) in (before, expected)
+    assert (moment > 5, away) == (True, 1)
+    assert content(copy) == expected
+    assert entries(tmp_path) == ["copy", "expected"]
+
+
+def test_an_export_needs_room(copy: Path, quick: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    needed = exporter.size_of_onnx(Artifact.open(copy).model) + 16_000_000
+    usage = shutil.disk_usage(copy)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=needed - 1))
+    with pytest.raises(InputError, match=r"needs 0\.02 GB and 0\.02 GB are free there; make room"):
+        Artifact.open(copy).export("onnx")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=needed))
+    Artifact.open(copy).export("onnx")
+
+
+@pytest.mark.parametrize("missing", ["onnx", "onnx_ir"])
+def test_a_missing_package_is_named_before_anything_is_done(
+    copy: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, missing: str
+) -> None:
+    import bakeout.export
+
+    for name in ("bakeout.export.onnx", "bakeout.export.aten"):
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delattr(bakeout.export, "onnx")
+    monkeypatch.setitem(sys.modules, missing, None)
+    told = rf"onnx needs the package {missing}, which is not installed: pip install 'bakeout\[cpu\]'"
+    with pytest.raises(InputError, match=told):
+        Artifact.open(copy).export("onnx")
+    with (
+        pytest.raises(InputError, match=told),
+        making(tmp_path / "made", plan_diffusers(open_model(tiny_model)), force=False, targets=("diffusers", "onnx")),
+    ):
+        raise AssertionError
+    assert entries(tmp_path) == ["copy"]
+
+
+def test_earlier_reports_become_stale(copy: Path, quick: Any) -> None:
+    report = validation_folder(copy)
+    Artifact.open(copy).export("onnx")
+    assert not report.exists()
+    report.mkdir()
+    (report / "report.json").touch()
+    Artifact.open(copy).export("onnx", force=True)
+    assert (report / STALE).read_text() == "This report is older than onnx/ of copy: run bakeout validate copy again.\n"
+
+
+def test_a_bake_with_targets_is_a_bake_and_an_export(
+    copy: Path, tiny_model: Path, tmp_path: Path, quick: Any, edited: Any, lowered: Any
+) -> None:
+    Artifact.open(copy).export("onnx")
+    model, plan = open_model(tiny_model), plan_diffusers(open_model(tiny_model))
+    manifest = Artifact.open(copy).manifest
+    facts = {"recipe": manifest.recipe, "calibration": manifest.calibration, "tools": manifest.tools}
+    done: list[float] = []
+    with making(tmp_path / "made", plan, force=False, targets=("diffusers", "onnx")) as place:
+        made = edited(model)
+        module.write_artifact(
+            place, plan, manifest.base, made, lowered(model, made), facts, ("diffusers", "onnx"), done.append
+        )
+    assert content(tmp_path / "made") == content(copy)
+    assert done == [1.0]

@@ -17,7 +17,7 @@ from bakeout.editor.checkpoint_header import read_header
 from bakeout.editor.errors import InputError
 from bakeout.editor.model import Model, open_model
 from bakeout.editor.pipeline import pipeline_classes
-from bakeout.export.checkpoint import plan_diffusers, write_diffusers
+from bakeout.export.checkpoint import parameter_shape, plan_diffusers, read_parameter, write_diffusers
 from bakeout.export.manifest import tensor_digest
 
 Folders = Callable[[str], Path]
@@ -340,3 +340,19 @@ def test_the_plan_knows_the_size(copied: Folders, single_files: Folders, tmp_pat
         write_diffusers(plan, {}, tmp_path / str(number))
         size = sum(path.stat().st_size for path in files(tmp_path / str(number)).values())
         assert 0.9 * size <= plan.size <= size
+
+
+@pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
+def test_a_parameter_is_read_as_its_module_has_it(
+    family: str, modules: Any, folders: Any, single_files: Any, tiny_configs: None
+) -> None:
+    """Also where a single file holds it transposed, as a convolution, or as a third of a tensor."""
+    changes = set()
+    for model in (open_model(folders(family)), open_model(single_files(family))):
+        for name, component in model.components.items():
+            for key, value in modules(family)[name].state_dict().items():
+                own = key if key in component.locations else key.removeprefix("text_model.")
+                assert parameter_shape(component, own) == tuple(value.shape)
+                assert read_parameter(component, own) == value.contiguous().view(torch.uint8).numpy().tobytes()
+                changes.add(component.locations[own].change)
+    assert changes >= {"same", "pointwise", *(["third", "transposed"] if family == "sdxl" else [])}

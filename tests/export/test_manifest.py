@@ -110,6 +110,13 @@ def test_another_version_is_refused(written: Path, tmp_path: Path, version: obje
         ("recipe/deep", float("inf")),
         ("tools", ["torch"]),
         ("targets", [""]),
+        ("targets", ["diffusers", "onnx"]),
+        ("targets", ["diffusers", "diffusers"]),
+        ("targets", []),
+        ("onnx", {"opset": 20, "precision": "fp32", "tools": {}}),
+        ("onnx", {"opset": 20}),
+        ("edited/0/file", "onnx/unet/model.onnx"),
+        ("files/onnx", {"bytes": 0, "sha256": "0" * 64}),
     ],
 )
 def test_hostile_values_are_refused_in_a_sentence(written: Path, tmp_path: Path, path: str, value: object) -> None:

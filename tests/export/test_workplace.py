@@ -17,7 +17,7 @@ import pytest
 
 from bakeout.editor.errors import InputError
 from bakeout.export import workplace as module
-from bakeout.export.workplace import Workplace, workplace
+from bakeout.export.workplace import Workplace, recover, workplace
 
 FILES = ("a", "b", "sub/c")
 
@@ -79,6 +79,21 @@ def killed_at(call: int, action: Callable[[], None]) -> bool:
     return status != 0
 
 
+@pytest.mark.parametrize("inside", ["", "sub"])
+def test_the_folder_in_which_one_stands_is_not_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inside: str
+) -> None:
+    make(tmp_path / "made", "first")
+    monkeypatch.chdir(tmp_path / "made" / inside)
+    with pytest.raises(InputError, match="you are in it; go to another folder first"):
+        make(tmp_path / "made", "second", force=True)
+    assert content(tmp_path / "made") == {"first"}
+    assert entries(tmp_path) == ["made"]
+    monkeypatch.chdir(tmp_path)
+    make(tmp_path / "made", "second", force=True)
+    assert content(tmp_path / "made") == {"second"}
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.parametrize("force", [False, True])
 def test_killed_at_any_moment_nothing_half_written_is_there_and_a_rerun_completes(tmp_path: Path, force: bool) -> None:
@@ -113,6 +128,26 @@ def test_a_refused_rerun_puts_back_what_was_being_replaced(tmp_path: Path) -> No
     folder.rename(tmp_path / ".made.baking" / "old")
     with pytest.raises(InputError, match="exists already"):
         make(folder, "new")
+    assert content(folder) == {"old"}
+    assert entries(tmp_path) == ["made"]
+
+
+def test_what_was_being_replaced_is_put_back_unless_a_program_is_at_it(tmp_path: Path) -> None:
+    folder = tmp_path / "made"
+    recover(folder)
+    assert entries(tmp_path) == []
+    make(folder, "old")
+    with workplace(folder, ours, force=True) as place:
+        folder.rename(place.new.parent / "old")
+        with pytest.raises(InputError, match="is being made by another program"):
+            recover(folder)
+        (place.new.parent / "old").rename(folder)
+    (tmp_path / ".made.baking").mkdir()
+    shutil.copytree(folder, tmp_path / ".made.baking" / "old")
+    recover(folder)
+    assert entries(tmp_path) == [".made.baking", "made"]
+    shutil.rmtree(folder)
+    recover(folder)
     assert content(folder) == {"old"}
     assert entries(tmp_path) == ["made"]
 

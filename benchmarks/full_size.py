@@ -1,0 +1,58 @@
+"""A Stable Diffusion of full size with random weights, in the real format: a diffusers folder in fp16.
+
+    python benchmarks/full_size.py sd15 FOLDER
+    python benchmarks/full_size.py sdxl FOLDER
+
+Nothing can be drawn with it; it has the shapes, the files and the size of the real one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from bakeout.editor import single_file
+from bakeout.editor.architecture import build
+from bakeout.editor.model_files import WEIGHT_STEMS
+
+CONFIGS = single_file.TOKENIZER.parent
+
+
+def write_full_size(name: str, folder: Path, seed: int = 0) -> None:
+    """Write the model `name`, a folder of `editor/configs`, into the new folder `folder`.
+
+    Weights are normal with variance 1 / fan-in, norms 1 and biases 0, so that activations keep their size.
+    """
+    shutil.copytree(CONFIGS / name, folder)
+    index = json.loads((folder / "model_index.json").read_text())
+    generator = torch.Generator().manual_seed(seed)
+    for component, stem in WEIGHT_STEMS.items():
+        if component in index:
+            config = json.loads((folder / component / "config.json").read_text())
+            module = build(index[component][1], config)
+            state = {key: _random(key, value.shape, generator) for key, value in module.named_parameters()}
+            save_file(state, folder / component / f"{stem}.safetensors", metadata={"format": "pt"})
+    for tokenizer in folder.glob("tokenizer*"):
+        for path in CONFIGS.glob("clip_tokenizer/*"):
+            if not (tokenizer / path.name).exists():
+                shutil.copy(path, tokenizer / path.name)
+
+
+def _random(name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
+    if len(shape) == 1:
+        return torch.full(shape, float(name.endswith("weight")), dtype=torch.float16)
+    return (torch.randn(shape, generator=generator) * shape[1:].numel() ** -0.5).half()
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", choices=("sd15", "sdxl"))
+    parser.add_argument("folder", type=Path)
+    given = parser.parse_args()
+    write_full_size(given.name, given.folder)
