@@ -181,6 +181,64 @@ def folders(
     return folder
 
 
+@pytest.fixture(scope="session")
+def onnx_folders(tmp_path_factory: pytest.TempPathFactory, folders: Callable[[str], Path]) -> Callable[[str], Path]:
+    """The ONNX folder of the tiny model of a family, written once; tests that change it work on a copy."""
+    root = tmp_path_factory.mktemp("onnx")
+
+    def folder(family: str) -> Path:
+        from bakeout.editor.model import open_model
+        from bakeout.export.onnx import write_onnx
+
+        if not (root / family).exists():
+            write_onnx(open_model(folders(family)), root / family)
+        return root / family
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
+    """An artifact of `tiny_model` for torch and ONNX Runtime, with a third of many weights pruned at random.
+
+    Made once; tests that change it work on a copy.
+    """
+    import torch
+
+    from bakeout.editor.edit import Edit, PatchWeightInput
+    from bakeout.editor.model import open_model
+    from bakeout.export.artifact import making, write_artifact
+    from bakeout.export.checkpoint import plan_diffusers
+    from bakeout.export.lower import lower, touched_tensors
+    from bakeout.export.manifest import base_of
+
+    folder = tmp_path_factory.mktemp("exported") / "artifact"
+    model = open_model(tiny_model)
+    sites = {site.name: site for site in model.sites}
+    generator = torch.Generator().manual_seed(0)
+    edit = Edit(tuple(
+        PatchWeightInput(site.name, torch.rand(site.d_out, site.d_in, generator=generator) < 0.3)
+        for kind in ("ffn2", "attn_value", "text_ffn2") for site in model.sites_of(kind)
+    ))  # fmt: skip
+    state = {
+        component: {name: read_tensor(model.components[component].tensors[name].file, name) for name in names}
+        for component, names in touched_tensors(edit, sites).items()
+    }
+    plan = plan_diffusers(model)
+    with making(folder, plan, force=False) as place:
+        facts: dict[str, Any] = {"recipe": {}, "calibration": {}, "tools": {}}
+        artifact = write_artifact(place, plan, base_of(model, "tiny"), edit, lower(edit, sites, state), facts)
+    return artifact.export("onnx").folder
+
+
+def read_tensor(file: Path, name: str) -> torch.Tensor:
+    """A tensor of a safetensors file."""
+    from safetensors import safe_open
+
+    with safe_open(file, "pt") as stream:
+        return stream.get_tensor(name)
+
+
 PREFIXES = {
     ("sd1", "text_encoder"): "cond_stage_model.transformer.text_model.",
     ("sd2", "text_encoder"): "cond_stage_model.model.",

@@ -30,7 +30,7 @@ from bakeout.export.checkpoint import plan_diffusers
 from bakeout.export.lower import lower
 from bakeout.export.manifest import base_of
 from bakeout.generate import recommended_settings
-from bakeout.recipe import open_any
+from bakeout.recipe import open_any, recommended_for
 from bakeout.validate.reference import applied
 
 PROMPT = "a plain red circle on grass"
@@ -453,7 +453,7 @@ def test_an_artifact_draws_and_one_that_was_changed_does_not(once: Path, tmp_pat
         )
 
     assert draw(once).exit_code == 0
-    assert open_any(once)[1] == {}
+    assert recommended_for(open_any(once)) == {}
     copy = Path(shutil.copytree(once, tmp_path / "copy"))
     (copy / "diffusers" / "unet" / "diffusion_pytorch_model.bin").touch()
     assert draw(copy).exit_code == 2
@@ -465,10 +465,10 @@ def test_what_is_baked_from_a_built_in_model_draws_with_its_settings(tmp_path: P
         nothing = Edit(())
         facts: dict[str, Any] = {"recipe": {}, "calibration": {}, "tools": {}}
         write_artifact(place, plan, base_of(model, "shapes"), nothing, lower(nothing, {}, {}), facts)
-    opened, recommended = open_any(tmp_path / "made")
-    assert opened.path == tmp_path / "made" / "diffusers"
-    assert recommended == recommended_settings(model)
-    assert recommended["steps"] == 20
+    opened = open_any(tmp_path / "made")
+    assert isinstance(opened, Artifact)
+    assert recommended_for(opened) == recommended_for(model) == recommended_settings(model)
+    assert recommended_for(opened)["steps"] == 20
 
 
 def test_a_built_in_name_is_no_artifact(once: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

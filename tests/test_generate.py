@@ -131,6 +131,10 @@ def test_too_few_steps_for_a_scheduler_are_refused(pipeline):
         ({"guidance": float("inf")}, "guidance is inf"),
         ({"size": (0, 64)}, "size is 0x64"),
         ({"scheduler": "eular"}, "no scheduler 'eular': use one of ddim"),
+        ({"image": Path("a.png"), "strength": 0.0}, "strength is 0"),
+        ({"image": Path("a.png"), "strength": 1.5}, "strength is 1.5"),
+        ({"image": Path("a.png"), "strength": float("nan")}, "strength is nan"),
+        ({"strength": 0.5}, "give one with --image"),
     ],
 )
 def test_a_bad_request_is_refused_at_once(settings, words):
@@ -310,9 +314,96 @@ def test_a_full_gpu_is_one_sentence_and_the_scheduler_is_put_back(pipeline, monk
     assert pipeline.scheduler is own
 
 
+@pytest.mark.parametrize("side", [2**23, 2**40])
+def test_pictures_that_fit_into_no_memory_are_one_sentence(pipeline, side):
+    with pytest.raises(InputError, match="do not fit into memory: use a smaller --batch or --size"):
+        list(draw(pipeline, Request(("a",), steps=2, guidance=1.0, size=(side, side))))
+
+
+def test_another_failure_is_told_as_it_is(pipeline, monkeypatch):
+    def fail(*args, **settings):
+        raise RuntimeError("shapes do not match")
+
+    monkeypatch.setattr(type(pipeline), "__call__", fail)
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        list(draw(pipeline, Request(("a",), steps=2)))
+
+
 def test_progress_adds_up_to_the_pictures(pipeline):
     done = []
     request = complete(Request(("a",), count=3, steps=3, batch=2, scheduler="heun"), pipeline)
     list(draw(pipeline, request, done.append))
     assert sum(done) == pytest.approx(3)
     assert len(done) > 2 * 3
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory) -> Path:
+    """A picture, twice as wide as high."""
+    path = tmp_path_factory.mktemp("start") / "start.png"
+    values = np.random.default_rng(0).integers(0, 256, (32, 64, 3), np.uint8)
+    Image.fromarray(values).save(path)
+    return path
+
+
+def test_a_picture_is_drawn_from_a_picture(pipeline, start, tmp_path):
+    own = pipeline.scheduler
+    settings = {"image": start, "strength": 0.6, "steps": 5, "prompts": ("a",), "guidance": 3.0}
+    first = pixels(pipeline, **settings)
+    assert np.array_equal(first, pixels(pipeline, **settings))
+    assert first.shape == (3, 8, 24, 3)
+    Image.new("RGB", (64, 32), "red").save(tmp_path / "red.png")
+    changes = [{"image": tmp_path / "red.png"}, {"strength": 1.0}, {"seed": 9}, {"prompts": ("b",)}, {"guidance": 9.0}]
+    for change in changes:
+        assert not np.array_equal(first, pixels(pipeline, **settings | change))
+    assert pipeline.scheduler is own
+    assert type(pipeline).__name__ == "StableDiffusionPipeline"
+
+
+def test_it_is_the_one_that_the_image_to_image_pipeline_draws_alone(pipeline, start):
+    from diffusers import StableDiffusionImg2ImgPipeline
+
+    ours = pixels(pipeline, image=start, strength=0.7, steps=4, seed=3, size=(16, 24), prompts=("a",), count=1)
+    alone = StableDiffusionImg2ImgPipeline(**pipeline.components, requires_safety_checker=False)
+    with Image.open(start) as picture:
+        drawn = alone(
+            "a", image=picture.resize((16, 24)), strength=0.7, num_inference_steps=4, guidance_scale=7.5,
+            generator=torch.Generator("cpu").manual_seed(3),
+        )  # fmt: skip
+    assert np.array_equal(ours[0], np.asarray(drawn.images[0], np.int16))
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_every_scheduler_draws_from_a_picture_and_batches_change_nothing(pipeline, start, name):
+    settings = {"image": start, "strength": 0.5, "steps": 6, "scheduler": name, "prompts": ("a",), "count": 3}
+    together = pixels(pipeline, **settings, batch=3)
+    assert np.ptp(together) > 0
+    assert np.abs(together - pixels(pipeline, **settings, batch=2)).max() <= 1
+
+
+def test_the_defaults_of_image_to_image_are_those_of_its_pipeline(pipeline, start):
+    own = complete(Request(("a",), image=start), pipeline)
+    assert (own.strength, own.size) == (0.8, (24, 8))
+    assert complete(Request(("a",)), pipeline).strength is None
+    asked = complete(Request(("a",), image=start, strength=0.2, size=(16, 16)), pipeline)
+    assert (asked.strength, asked.size) == (0.2, (16, 16))
+    with pytest.raises(InputError, match=r"strength 0.1 leaves none of 9 steps"):
+        complete(Request(("a",), image=start, strength=0.1, steps=9), pipeline)
+    with pytest.raises(InputError, match="is no file"):
+        complete(Request(("a",), image=start.with_name("none.png")), pipeline)
+
+
+def test_what_it_was_drawn_from_is_written_without_its_folder(pipeline, start, tmp_path):
+    draw_into(tmp_path, pipeline, image=start, strength=1.0)
+    index = json.loads((tmp_path / "pictures.json").read_text(encoding="utf-8"))
+    assert (index["image"], index["strength"]) == ("start.png", 1.0)
+    with Image.open(tmp_path / "1-0.png") as picture:
+        assert picture.text["image"] == "start.png"
+    assert not any(str(start.parent).encode() in path.read_bytes() for path in tmp_path.iterdir())
+
+
+def test_progress_adds_up_from_a_picture_too(pipeline, start):
+    done = []
+    request = complete(Request(("a",), count=3, steps=5, batch=2, image=start, strength=0.6), pipeline)
+    list(draw(pipeline, request, done.append))
+    assert sum(done) == pytest.approx(3)

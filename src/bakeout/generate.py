@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 from bakeout import __version__
 from bakeout.editor.errors import InputError
+from bakeout.editor.pipeline import image_to_image
+from bakeout.picture import fitted_size, read_picture
 
 if TYPE_CHECKING:
     import numpy as np
@@ -49,6 +51,8 @@ SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     "unipc": ("UniPCMultistepScheduler", {}),
 }
 DTYPES = ("fp32", "fp16", "bf16")
+# What torch says where a CPU's memory is short: on Linux, on Windows, and for more bytes than can be counted.
+_NO_MEMORY = ("can't allocate memory", "not enough memory", "Storage size calculation overflowed")
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,8 @@ class Request:
         size: width and height in pixels.
         scheduler: a key of `SCHEDULERS`, or the name of one of its classes.
         batch: pictures that are drawn at a time.
+        image: a picture to begin with (image-to-image), for every prompt.
+        strength: how far from `image` to begin, from nearly 0 (little is drawn anew) to 1 (all is).
 
     Raises:
         InputError: a value that no model could take.
@@ -79,6 +85,8 @@ class Request:
     size: tuple[int, int] | None = None
     scheduler: str | None = None
     batch: int = 4
+    image: Path | None = None
+    strength: float | None = None
 
     def __post_init__(self) -> None:
         if not self.prompts:
@@ -95,6 +103,10 @@ class Request:
             raise InputError(f"size is {self.size[0]}x{self.size[1]}: both sides must be 1 pixel or more")
         if self.scheduler is not None:
             _scheduler_class(self.scheduler)
+        if self.strength is not None and not 0 < self.strength <= 1:
+            raise InputError(f"strength is {self.strength:g}: it must be more than 0 and at most 1")
+        if self.strength is not None and self.image is None:
+            raise InputError("strength says how far to begin from a picture: give one with --image")
 
     @property
     def pictures(self) -> list[tuple[int, str, int]]:
@@ -167,7 +179,9 @@ def dtype_from_text(text: str, device: str) -> torch.dtype:
 
 
 def complete(request: Request, pipeline: Any, recommended: Mapping[str, Any] | None = None) -> Request:
-    """The request with steps, guidance and size filled in: from `recommended`, else from the pipeline's own defaults.
+    """The request with steps, guidance, size and strength filled in: from `recommended`, else the pipeline's defaults.
+
+    The size of an image-to-image request is by default about the model's own, in the shape of its picture.
 
     Args:
         request: what was asked for.
@@ -175,16 +189,20 @@ def complete(request: Request, pipeline: Any, recommended: Mapping[str, Any] | N
         recommended: `steps` and `guidance` with which the model is meant to be used.
 
     Raises:
-        InputError: the model cannot draw that size, or was not trained with that many steps.
+        InputError: the model cannot draw that size, was not trained with that many steps, or has none to do at that
+            strength; or the picture to begin with cannot be read.
     """
+    if request.image is not None:
+        pipeline = image_to_image(pipeline)
     defaults = inspect.signature(type(pipeline).__call__).parameters
     usual = {"steps": defaults["num_inference_steps"].default, "guidance": defaults["guidance_scale"].default}
     usual |= {name: value for name, value in (recommended or {}).items() if name in usual}
     steps = usual["steps"] if request.steps is None else request.steps
     side = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
-    width, height = request.size or (side, side)
     # Each of the UNet's blocks but the last halves the latents.
     unit = pipeline.vae_scale_factor * 2 ** (len(pipeline.unet.config.block_out_channels) - 1)
+    own = (side, side) if request.image is None else fitted_size(read_picture(request.image).size, side, unit)
+    width, height = request.size or own
     if width % unit or height % unit:
         nearest = "x".join(str(max(1, round(side / unit)) * unit) for side in (width, height))
         raise InputError(
@@ -194,7 +212,12 @@ def complete(request: Request, pipeline: Any, recommended: Mapping[str, Any] | N
     if steps > trained:
         raise InputError(f"steps is {steps}: this model was trained with {trained}, so use at most as many")
     guidance = usual["guidance"] if request.guidance is None else request.guidance
-    return replace(request, steps=steps, guidance=guidance, size=(width, height))
+    strength = request.strength
+    if request.image is not None:
+        strength = defaults["strength"].default if strength is None else strength
+        if int(steps * strength) < 1:
+            raise InputError(f"strength {strength:g} leaves none of {steps} steps to do: take more of either")
+    return replace(request, steps=steps, guidance=guidance, size=(width, height), strength=strength)
 
 
 def recommended_settings(model: Model) -> dict[str, Any]:
@@ -220,13 +243,19 @@ def draw(pipeline: Any, request: Request, progress: Callable[[float], object] | 
     """Draw the pictures of a completed request, in the order of `request.pictures`.
 
     Args:
-        pipeline: a text-to-image pipeline with diffusers' interface. It has its own scheduler again when all is drawn.
+        pipeline: a text-to-image pipeline with diffusers' interface, also for image-to-image. It has its own scheduler
+            again when all is drawn.
         request: as `complete` returns it.
         progress: called after every step with the number of pictures, in parts of one, that the step was worth.
 
     Raises:
-        InputError: the scheduler cannot take that many steps, or the pictures do not fit into the GPU's memory.
+        InputError: the scheduler cannot take that many steps, the pictures do not fit into memory, or the one to begin
+            with cannot be read.
     """
+    start = None
+    if request.image is not None:
+        pipeline, start = image_to_image(pipeline), read_picture(request.image)
+        start = start.resize(request.size or start.size)
     own = pipeline.scheduler
     if request.scheduler is not None:
         pipeline.scheduler = scheduler_for(pipeline, request.scheduler)
@@ -240,14 +269,25 @@ def draw(pipeline: Any, request: Request, progress: Callable[[float], object] | 
             f"{name} cannot draw in {request.steps} steps: take more steps or another scheduler"
         ) from error
     try:
-        for start in range(0, len(request.pictures), request.batch):
-            yield from _draw_batch(pipeline, request, request.pictures[start : start + request.batch], progress)
+        for first in range(0, len(request.pictures), request.batch):
+            batch = request.pictures[first : first + request.batch]
+            yield from _draw_batch(pipeline, request, batch, start, progress)
     finally:
         pipeline.scheduler = own
 
 
-def reserve(folder: Path, request: Request, *, force: bool = False) -> None:
-    """Make the folder and see that the request's files can be written there, before any work is done.
+def problem_of_picture(pixels: NDArray[np.float32]) -> str | None:
+    """Why float pixels [height, width, 3] in 0 … 1 are no picture of anything; None where they may be one."""
+    import numpy as np
+
+    if not np.isfinite(pixels).all():
+        return "the model overflowed; draw in fp32 with --dtype fp32"
+    # What is less than a grey value apart is one colour to whoever looks.
+    return "one colour all over" if np.ptp((pixels.clip(0, 1) * 255).round(), axis=(0, 1)).max() == 0 else None
+
+
+def reserve(folder: Path, request: Request, *, also: Sequence[str] = (), force: bool = False) -> None:
+    """Make the folder and see that the request's files, and those called `also`, can be written there, before any work.
 
     Raises:
         InputError: the folder cannot be written, or has such files already and `force` is not given.
@@ -258,7 +298,7 @@ def reserve(folder: Path, request: Request, *, force: bool = False) -> None:
             pass
     except OSError as error:
         raise InputError(f"cannot write to {folder} ({error.strerror}): choose another folder with -o") from error
-    if existing := [name for name in [*request.files, INDEX] if (folder / name).exists()]:
+    if existing := [name for name in [*request.files, *also, INDEX] if (folder / name).exists()]:
         if force:
             return
         raise InputError(
@@ -295,6 +335,7 @@ def draw_to_folder(
     settings = {
         name: value for name, value in asdict(request).items() if name not in ("prompts", "seed", "count", "batch")
     }
+    settings["image"] = request.image and request.image.name
     settings["scheduler"] = request.scheduler or type(pipeline.scheduler).__name__
     settings |= {**facts, "bakeout": __version__}
     entries: list[dict[str, Any]] = []
@@ -304,10 +345,10 @@ def draw_to_folder(
         for key, value in {**entry, **settings}.items():
             if value is not None:
                 text.add_itxt(key, value if isinstance(value, str) else json.dumps(value))
-        _write_whole(folder / name, partial(picture.image.save, format="PNG", pnginfo=text))
+        write_whole(folder / name, partial(picture.image.save, format="PNG", pnginfo=text))
         entries.append({"file": name, **entry})
     index = json.dumps({**settings, "pictures": entries}, indent=2, ensure_ascii=False) + "\n"
-    _write_whole(folder / INDEX, lambda part: part.write_text(index, encoding="utf-8"))
+    write_whole(folder / INDEX, lambda part: part.write_text(index, encoding="utf-8"))
     return entries
 
 
@@ -321,11 +362,18 @@ def _scheduler_class(name: str) -> tuple[str, dict[str, Any]]:
 
 
 def _draw_batch(
-    pipeline: Any, request: Request, batch: Sequence[tuple[int, str, int]], progress: Callable[[float], object] | None
+    pipeline: Any,
+    request: Request,
+    batch: Sequence[tuple[int, str, int]],
+    start: Image.Image | None,
+    progress: Callable[[float], object] | None,
 ) -> list[Picture]:
     import torch
 
     width, height = request.size or (None, None)
+    canvas: dict[str, Any] = {"width": width, "height": height}
+    if start is not None:
+        canvas = {"image": [start] * len(batch), "strength": request.strength}
     prompts = [prompt for _, prompt, _ in batch]
     seeds = [seed for _, _, seed in batch]
 
@@ -341,13 +389,16 @@ def _draw_batch(
             generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
             num_inference_steps=request.steps,
             guidance_scale=request.guidance,
-            width=width,
-            height=height,
+            **canvas,
             output_type="np",
             callback_on_step_end=step_done,
         )
     except torch.OutOfMemoryError as error:
         raise InputError("the GPU's memory is full: use a smaller --batch or --size, or --device cpu") from error
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not any(words in str(error) for words in _NO_MEMORY):
+            raise
+        raise InputError("the pictures do not fit into memory: use a smaller --batch or --size") from error
     blanked = getattr(output, "nsfw_content_detected", None) or [False] * len(batch)
     return [_picture(*drawn) for drawn in zip(output.images, prompts, seeds, blanked, strict=True)]
 
@@ -356,18 +407,12 @@ def _picture(pixels: NDArray[np.float32], prompt: str, seed: int, blanked: bool)
     import numpy as np
     from PIL import Image
 
-    problem = None
-    if not np.isfinite(pixels).all():
-        problem = "the model overflowed; draw in fp32 with --dtype fp32"
-    elif blanked:
-        problem = "the model's safety checker blanked it"
-    elif np.ptp(pixels) == 0:
-        problem = "one colour all over"
-    image = Image.fromarray((np.nan_to_num(pixels).clip(0, 1) * 255).round().astype(np.uint8))
-    return Picture(image, prompt, seed, problem)
+    rounded = (np.nan_to_num(pixels).clip(0, 1) * 255).round().astype(np.uint8)
+    problem = "the model's safety checker blanked it" if blanked else problem_of_picture(pixels)
+    return Picture(Image.fromarray(rounded), prompt, seed, problem)
 
 
-def _write_whole(path: Path, write: Callable[[Path], object]) -> None:
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Write under another name, then rename: an interrupted run leaves no half file under the real one."""
     part = path.with_name(f".{path.name}.part")
     try:

@@ -39,8 +39,9 @@ model = "shapes"
 #model = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 #model = "models/my-model.safetensors"
 
-# What to write. There is: $targets.
+# What to write: "diffusers" always, and what is made of it. There is: $targets.
 targets = ["diffusers"]
+#targets = ["diffusers", "onnx"]
 
 # How `bakeout validate` judges the result unless it is told otherwise: "quick", or "release" before you publish.
 [validation]

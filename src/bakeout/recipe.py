@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bakeout import __version__
+from bakeout.artifact import Artifact
 from bakeout.editor.errors import InputError
 from bakeout.editor.methods import method
 from bakeout.editor.model import BUILTIN, Model, open_model
 from bakeout.editor.recipe import EditRecipe
 from bakeout.editor.recipe import Recipe as _Recipe
-from bakeout.export.artifact import Artifact, making, write_artifact
+from bakeout.export.artifact import Artifact as Baked
+from bakeout.export.artifact import making, write_artifact
 from bakeout.export.checkpoint import Plan, plan_diffusers
 from bakeout.export.manifest import MANIFEST, Base, base_of
 from bakeout.generate import device_from_text, dtype_from_text, recommended_settings
@@ -57,7 +59,7 @@ class Recipe(_Recipe):
             force: replace an artifact that is there.
             device: where the methods run the model; `auto` is the GPU where there is one.
             dtype: in which they do: `fp32`, `fp16` or `bf16`. What is written keeps the dtypes of the base.
-            progress: called with the part, of one an edit, that was just done.
+            progress: called with the part, of one an edit and one a target but `diffusers`, that was just done.
 
         Raises:
             InputError: recipe, model and folder do not go together, or the folder cannot be written.
@@ -72,7 +74,7 @@ class Recipe(_Recipe):
         target = Path(folder)
         kept: Callable[[], bool] | None = None
         try:
-            with making(target, plan, force=force) as place:
+            with making(target, plan, force=force, targets=self.targets) as place:
                 kept = _watch(place.calibration)
                 base = base_of(model, _name(model))
                 facts = {
@@ -81,7 +83,7 @@ class Recipe(_Recipe):
                     "tools": _tools(),
                 }
                 edit = self._calibrate(model, prompts, place.calibration, device, dtype, progress)
-                artifact = _fold_and_write(place, plan, base, edit, facts)
+                artifact = _fold_and_write(place, plan, base, edit, facts, self.targets, progress)
         except BaseException as error:
             if kept is not None and kept():
                 error.add_note("The same bake, run again, goes on from what was calibrated.")
@@ -121,18 +123,45 @@ class Recipe(_Recipe):
         return merge(found)
 
 
-def open_any(source: str | os.PathLike[str]) -> tuple[Model, dict[str, Any]]:
-    """What `open_model` opens, or the model in an artifact, checked; and with which settings it is meant to draw.
+def open_any(source: str | os.PathLike[str]) -> Model | Artifact:
+    """The artifact in `source`, checked, or what `open_model` opens. Raises InputError."""
+    return Artifact.open(source) if is_artifact(source) else open_model(source)
 
-    These are `recommended_settings` of the model, for an artifact of the base. Raises InputError.
-    """
-    if not is_artifact(source):
-        model = open_model(source)
-        return model, recommended_settings(model)
-    artifact = Artifact.open(source)
-    base = artifact.manifest.base
+
+def recommended_for(opened: Model | Baked) -> dict[str, Any]:
+    """The `recommended_settings` of a model, or of an artifact's base as far as that is built in."""
+    if not isinstance(opened, Baked):
+        return recommended_settings(opened)
+    base = opened.manifest.base
     known = base.format == "builtin" and base.name in BUILTIN
-    return artifact.model, recommended_settings(open_model(base.name)) if known else {}
+    return recommended_settings(open_model(base.name)) if known else {}
+
+
+def open_base(artifact: Baked, base: str | os.PathLike[str] | None = None) -> Model:
+    """The model that was edited, opened and compared with the artifact's record of it, which reads all of its weights.
+
+    Args:
+        artifact: whose base.
+        base: what to open; None opens a built-in model or one of the hub by the name in the manifest.
+
+    Raises:
+        InputError: the base is a folder or file and not given, does not open, or is another model.
+    """
+    recorded = artifact.manifest.base
+    if base is None:
+        if recorded.format not in ("builtin", "hub"):
+            raise InputError(
+                f"{artifact.folder} was made from {recorded.name!a:.200}, a {recorded.format.replace('_', ' ')} of "
+                "which it knows no place; give that model with --base"
+            )
+        base = recorded.name
+    model = open_model(base)
+    if not artifact.matches(model):
+        raise InputError(
+            f"{os.fspath(base)} is not the model {recorded.name!a:.200} from which {artifact.folder} was made; give "
+            "that model with --base"
+        )
+    return model
 
 
 def is_artifact(source: str | os.PathLike[str]) -> bool:
@@ -140,14 +169,22 @@ def is_artifact(source: str | os.PathLike[str]) -> bool:
     return source not in BUILTIN and (Path(source) / MANIFEST).is_file()
 
 
-def _fold_and_write(place: Any, plan: Plan, base: Base, edit: Edit, facts: Mapping[str, Any]) -> Artifact:
+def _fold_and_write(
+    place: Any,
+    plan: Plan,
+    base: Base,
+    edit: Edit,
+    facts: Mapping[str, Any],
+    targets: Sequence[str],
+    progress: Callable[[float], object] | None,
+) -> Baked:
     from bakeout.export.lower import lower, touched_tensors
 
     sites = {site.name: site for site in plan.model.sites}
     state = {
         component: _read(plan.model, component, names) for component, names in touched_tensors(edit, sites).items()
     }
-    return write_artifact(place, plan, base, edit, lower(edit, sites, state), facts)
+    return write_artifact(place, plan, base, edit, lower(edit, sites, state), facts, targets, progress)
 
 
 def _read(model: Model, component: str, names: Iterable[str]) -> dict[str, Tensor]:
@@ -197,7 +234,7 @@ def _tools() -> dict[str, str]:
     return {"bakeout": __version__, "python": platform.python_version(), **{name: version(name) for name in _TOOLS}}
 
 
-def _notes(plan: Plan, artifact: Artifact, folder: Path) -> tuple[str, ...]:
+def _notes(plan: Plan, artifact: Baked, folder: Path) -> tuple[str, ...]:
     notes = []
     if plan.left_out:
         named = [name if name.isprintable() else ascii(name) for name in plan.left_out[:_NAMED]]
