@@ -51,6 +51,12 @@ def test_torch_is_installed_first(project):
     assert all("--constraint constraints.txt" in line for line in installs)
 
 
+@pytest.mark.parametrize(("arguments", "extra"), [((), "cpu"), (("EXTRA=gpu",), "gpu")])
+def test_the_runtime_is_chosen(project, arguments, extra):
+    installs = [line for line in make(project, "-n", "test", *arguments).stdout.splitlines() if "--editable" in line]
+    assert [f"'.[dev,{extra}]'" in line for line in installs] == [True]
+
+
 def test_no_python_is_one_sentence(project, tmp_path):
     programs = tmp_path / "programs"
     programs.mkdir()
@@ -61,15 +67,39 @@ def test_no_python_is_one_sentence(project, tmp_path):
     assert not (project / ".venv").exists()
 
 
+def program(folder: Path, name: str, script: str) -> None:
+    folder.mkdir(exist_ok=True)
+    (folder / name).write_text(f"#!/bin/sh\n{script}\n", encoding="utf-8")
+    (folder / name).chmod(0o755)
+
+
 @pytest.mark.parametrize("failing", ["nothing", "test", "lint", "types", "slow"])
 def test_ci_runs_every_check_and_fails_with_any(project, tmp_path, failing):
     programs = tmp_path / "programs"
-    programs.mkdir()
-    fake = programs / "make"
-    fake.write_text(f'#!/bin/sh\necho "ran $1 with CI=$CI"\ntest "$1" != {failing}\n', encoding="utf-8")
-    fake.chmod(0o755)
+    program(programs, "chromium", "exit 1")
+    program(programs, "make", f'echo "ran $1 with CI=$CI"\ntest "$1" != {failing}')
     environment = os.environ | {"PATH": f"{programs}{os.pathsep}{os.environ['PATH']}"}
     done = subprocess.run([project / ".ci" / "run"], env=environment, capture_output=True, text=True, check=False)
     assert [f"ran {check} with CI=true" in done.stdout for check in ("test", "lint", "types", "slow")] == [True] * 4
     assert done.returncode == (failing != "nothing")
     assert failing == "nothing" or f"failed: {failing}" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("there", "status", "installs"),
+    [("chromium", 0, False), ("google-chrome", 0, False), ("none", 0, True), ("none", 1, True)],
+)
+def test_ci_installs_a_browser_where_there_is_none(project, tmp_path, there, status, installs):
+    programs = tmp_path / "programs"
+    program(programs, there, "exit 1")
+    program(programs, "make", "exit 0")
+    program(programs, "sudo", '"$@"')
+    program(programs, "apt-get", f'echo "apt-get $@"\nexit {status}')
+    for name in ("bash", "dirname"):
+        (programs / name).symlink_to(shutil.which(name) or "")
+    environment = {"PATH": str(programs)}
+    done = subprocess.run([project / ".ci" / "run"], env=environment, capture_output=True, text=True, check=False)
+    assert ("apt-get" in done.stdout) == installs
+    assert ("apt-get install -y --no-install-recommends chromium" in done.stdout) == installs
+    assert done.returncode == status
+    assert ("failed: browser" in done.stderr) == bool(status)

@@ -72,7 +72,7 @@ def test_the_wheel_holds_every_source_file_and_no_link(root, archives):
         f"bakeout/{path.relative_to(package).as_posix()}"
         for top in (package, *(package / folder for folder in FOLDERS))
         for path in top.rglob("*")
-        if path.is_file() and path.suffix in (".py", ".json", ".txt", ".gz", ".safetensors", ".typed")
+        if path.is_file() and path.suffix in (".py", ".css", ".json", ".txt", ".gz", ".safetensors", ".typed")
     }
     assert "bakeout/editor/errors.py" in sources
     assert not sources - files.keys()
