@@ -16,14 +16,21 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from bakeout.builtin.shapes.detector import Detector, load_detector
-from bakeout.builtin.shapes.evaluation import GUIDANCE, STEPS, Share, accuracy, generate, uniform_scenes
+from bakeout.builtin.shapes.evaluation import (
+    GUIDANCE,
+    STEPS,
+    Share,
+    accuracy,
+    generate,
+    scenes_with,
+    scenes_without,
+)
 from bakeout.builtin.shapes.scenes import ATTRIBUTES, Scene, prompt
 from bakeout.editor.edit import Edit
 from bakeout.editor.methods import conceptprune
@@ -38,13 +45,6 @@ PROMPTS = 100
 DETECTED_AT_MOST, KEPT_AT_LEAST = 0.10, 0.90
 
 Found = Mapping[str, Share]
-
-
-def scenes_with_and_without(attribute: str, value: str, count: int = PROMPTS) -> tuple[list[Scene], list[Scene]]:
-    """`count` scenes that show the concept, and as many that do not; the others of their attributes are uniform."""
-    scenes = uniform_scenes(2 * count)
-    without = [scene for scene in scenes if scene.labels[attribute] != value][:count]
-    return [replace(scene, **{attribute: value}) for scene in scenes[:count]], without
 
 
 def point(
@@ -69,7 +69,7 @@ def measure(
     pipeline = model.pipeline(dtype=torch.float32)
     rows: list[dict[str, Any]] = []
     for concept, (attribute, pack) in CONCEPTS.items():
-        scenes = scenes_with_and_without(attribute, concept)
+        scenes = (scenes_with(attribute, concept, PROMPTS), scenes_without([concept], PROMPTS))
         unedited = point(model, pipeline, detector, None, scenes)
         for profile in conceptprune.PROFILES:
             pairs = pairs_from_pack(pack, concept, profile)

@@ -73,13 +73,66 @@ def test_generate_draws_and_says_where(tiny_model, tmp_path):
         tiny_model, tmp_path / "out", "--prompt", "b", "-n", 2, "--seed", 4, "--size", "16x24", "--scheduler", "euler"
     )
     assert done.exit_code == 0, done.output
-    assert done.stdout == f"4 pictures in {tmp_path / 'out'}\n"
+    assert done.stdout == f"4 pictures in {tmp_path / 'out'}, drawn by torch (cpu)\n"
     assert done.stderr == ""
     index = json.loads((tmp_path / "out" / "pictures.json").read_text(encoding="utf-8"))
     assert [entry["file"] for entry in index["pictures"]] == ["1-4.png", "1-5.png", "2-4.png", "2-5.png"]
     # The name of the model, not where it lies on somebody's disk.
     assert (index["model"], index["device"], index["dtype"]) == ("tiny", "cpu", "torch.float32")
     assert (index["size"], index["scheduler"]) == ([16, 24], "euler")
+
+
+def test_generate_takes_an_artifact_with_onnx_runtime_and_compares(exported, tiny_model, tmp_path):
+    folder = tmp_path / "out"
+    arguments = ["generate", exported, "--prompt", "a", "--steps", 2, "--threads", 1, "-o", folder]
+    done = invoke(*arguments, "--compare", "--base", tiny_model)
+    assert done.exit_code == 0, done.output
+    by = "drawn by onnxruntime (CPUExecutionProvider), each beside its base and reference in *-compared.png"
+    assert done.stdout == f"1 picture in {folder}, {by}\n"
+    assert done.stderr == ""
+    assert {path.name for path in folder.iterdir()} == {"1-0.png", "1-0-compared.png", "pictures.json"}
+    index = json.loads((folder / "pictures.json").read_text(encoding="utf-8"))
+    assert (index["runtime"], index["providers"]) == ("onnxruntime", "CPUExecutionProvider")
+    (folder / "1-0.png").unlink()
+    (folder / "pictures.json").unlink()
+    again = invoke(*arguments, "--compare", "--base", tiny_model)
+    assert again.exit_code == 2
+    assert "1-0-compared.png exists already" in again.stderr
+    done = invoke(*arguments[:-4], "--runtime", "torch", "--device", "cpu", "-o", folder, "--force")
+    assert done.stdout == f"1 picture in {folder}, drawn by torch (cpu)\n"
+
+
+def test_generate_begins_with_a_picture(tiny_model, tmp_path):
+    from PIL import Image
+
+    Image.effect_noise((16, 24), 90).save(tmp_path / "start.png")
+    done = draw(tiny_model, tmp_path / "out", "--image", tmp_path / "start.png", "--strength", "0.6")
+    assert done.exit_code == 0, done.output
+    with Image.open(tmp_path / "out" / "1-0.png") as picture:
+        assert picture.size == (16, 16)
+        assert picture.text["image"] == "start.png"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--device", "cpu"], "--device belongs to torch"),
+        (["--provider", "NoExecutionProvider"], "choose from"),
+        (["--threads", "0"], "threads is 0"),
+        (["--compare"], "give that model with --base"),
+        (["--compare", "--base", "shapes"], "is not the model 'tiny'"),
+        (["--base", "shapes"], "--base is of --compare"),
+        (["--image", "no.png"], "no.png is no file"),
+        (["--size", "20"], "multiples of 8"),
+    ],
+)
+def test_a_mistake_with_an_artifact_is_one_sentence_too(exported, tmp_path, arguments, words):
+    done = invoke("generate", exported, "--prompt", "a", "--steps", 2, "-o", tmp_path / "out", *arguments)
+    assert done.exit_code == 2
+    assert done.stderr.startswith("Error: ")
+    assert done.stderr.count("\n") == 1
+    assert words in done.stderr
+    assert not list(tmp_path.glob("out/*"))
 
 
 def test_generate_overwrites_only_by_force(tiny_model, tmp_path):
@@ -175,18 +228,6 @@ def test_the_progress_bar_is_for_terminals_only(capsys, monkeypatch):
     assert bar() == ""
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     assert "drawing" in bar()
-
-
-def test_the_demo_draws_again_over_its_own_pictures_and_judges_them(tmp_path):
-    from bakeout.demo import SCENES
-
-    for _ in range(2):
-        done = invoke("demo", "-o", tmp_path)
-        assert done.exit_code == 0, done.output
-        assert done.stderr == ""
-    rows = done.stdout.splitlines()[1:-1]
-    assert len(rows) == len(SCENES) == len(list(tmp_path.glob("*.png")))
-    assert all(row.endswith("as asked") for row in rows)
 
 
 def test_inspect_shows_components_and_sites(tiny_model):

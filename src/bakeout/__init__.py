@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from bakeout.artifact import Artifact
     from bakeout.editor.edit import Edit
     from bakeout.editor.errors import InputError
     from bakeout.editor.model import Model, open_model
-    from bakeout.export.artifact import Artifact
     from bakeout.recipe import Recipe
 
 __version__ = "0.1.0.dev0"
@@ -25,7 +25,7 @@ if _links:
 
 # Public names load on first use: what they stand on imports torch, and `import bakeout` stays light.
 _HOMES = {
-    "Artifact": "bakeout.export.artifact",
+    "Artifact": "bakeout.artifact",
     "Edit": "bakeout.editor.edit",
     "InputError": "bakeout.editor.errors",
     "Model": "bakeout.editor.model",

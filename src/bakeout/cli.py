@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import warnings
 from contextlib import contextmanager
@@ -28,6 +29,16 @@ Exit codes:
 """
 
 
+_VALIDATE_EXIT_CODES = """
+\b
+Exit codes:
+  0    the artifact passed
+  1    it failed, or a fault of bakeout itself, which shows a traceback
+  2    something given cannot be used; one sentence says what and how to mend it
+  3    it could not be judged: memory, a package or an effect of the erasure is missing
+  130  interrupted
+"""
+_EXITS = {"pass": 0, "fail": 1, "unjudged": 3}
 _DEBUG = "bakeout.debug"
 
 
@@ -127,6 +138,31 @@ def main() -> None:
     help="auto is fp16 on a GPU, fp32 on the CPU.",
 )
 @click.option("--batch", type=int, default=4, show_default=True, help="Pictures that are drawn at a time.")
+@click.option(
+    "--image",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="A PNG, JPEG or WebP to begin with, instead of noise.",
+)
+@click.option(
+    "--strength", type=float, help="How far from FILE to begin, more than 0 to 1.  [default: 0.8, for SDXL 0.3]"
+)
+@click.option(
+    "--runtime",
+    type=click.Choice(["torch", "onnxruntime"]),
+    help="What draws.  [default: onnxruntime with an artifact that has onnx/, else torch]",
+)
+@click.option(
+    "--provider",
+    "providers",
+    metavar="NAME",
+    multiple=True,
+    help="Execution provider of ONNX Runtime; several in order of preference.  [default: CPUExecutionProvider]",
+)
+@click.option("--threads", type=int, help="Of ONNX Runtime, for one operation.  [default: one a core]")
+@click.option("--no-arena", is_flag=True, help="ONNX Runtime gives memory back after every call: slower, smaller.")
+@click.option("--compare", is_flag=True, help="Also draw an artifact's base and reference, and put all side by side.")
+@click.option("--base", metavar="MODEL", help="The artifact's base, where it is a folder or file; with --compare.")
 @_pictures_option
 @click.option("--force", is_flag=True, help="Overwrite pictures that are there already.")
 @_debug_option
@@ -136,44 +172,69 @@ def generate(
     size: str | None,
     device: str,
     dtype: str,
+    runtime: str | None,
+    providers: tuple[str, ...],
+    threads: int | None,
+    no_arena: bool,
+    compare: bool,
+    base: str | None,
     folder: Path,
     force: bool,
     **settings: Any,
 ) -> None:
-    """Draw pictures with MODEL in eager PyTorch.
+    """Draw pictures with MODEL, in eager PyTorch or ONNX Runtime.
 
     MODEL is the built-in model `shapes`, a diffusers folder, a single .safetensors checkpoint, the id of a model on
-    the Hugging Face hub, or an artifact that `bakeout bake` wrote.
+    the Hugging Face hub, or an artifact that `bakeout bake` wrote. One that `bakeout export --target onnx` has been at
+    is drawn with by ONNX Runtime; --device and --dtype are of PyTorch, --provider, --threads and --no-arena of ONNX
+    Runtime. From the same seed both begin with the same noise.
 
     The pictures are DIR/<number of the prompt>-<seed>.png and carry as text what they were drawn from;
     DIR/pictures.json lists them. The same command draws the same pictures on the same machine; another
     batch size changes them by rounding at most.
 
+    --compare writes DIR/<number>-<seed>-compared.png too: the picture of the artifact's base, that of the base with
+    the erasure as hooks (the reference), and the artifact's.
+
     \b
     Examples:
       bakeout generate shapes --prompt "a red circle on grass" -o pictures
       bakeout generate shapes --prompt "a star" --prompt "a ring" --seed 7 -n 3 --scheduler euler --steps 30 -o pictures
+      bakeout generate shapes-erased --prompt "a star" --compare -o compared
     """
     from bakeout import generate as generation
-    from bakeout.recipe import open_any
+    from bakeout.compare import comparison_for
+    from bakeout.picture import read_picture
+    from bakeout.recipe import open_any, recommended_for
+    from bakeout.runtime import runtime_for
 
     request = Request(prompts, size=None if size is None else generation.size_from_text(size), **settings)
-    device = generation.device_from_text(device)
-    torch_dtype = generation.dtype_from_text(dtype, device)
+    if request.image is not None:
+        read_picture(request.image)
+    if base is not None and not compare:
+        raise InputError("--base is of --compare: give both, or none")
+    opened = open_any(model)
+    chosen = runtime_for(
+        opened, runtime, device=device, dtype=dtype, providers=providers, threads=threads, arena=not no_arena
+    )
     _quieten_libraries()
-    opened, recommended = open_any(model)
-    generation.reserve(folder, request, force=force)
-    pipeline = opened.pipeline(device, torch_dtype)
-    request = generation.complete(request, pipeline, recommended)
-    facts = {"model": Path(model).name if Path(model).exists() else model, "device": device, "dtype": str(torch_dtype)}
-    with _progress_bar(len(request.pictures)) as progress:
+    comparison = comparison_for(opened, base) if compare else None
+    generation.reserve(folder, request, also=comparison.files(request) if comparison else (), force=force)
+    pipeline = chosen.load(opened)
+    request = generation.complete(request, pipeline, recommended_for(opened))
+    facts = {"model": Path(model).name if Path(model).exists() else model, **chosen.facts}
+    with _progress_bar(len(request.pictures) * (3 if comparison else 1)) as progress:
         entries = generation.draw_to_folder(pipeline, request, folder, facts, progress)
+        if comparison:
+            del pipeline  # two large models at a time may not fit into memory
+            comparison.write(request, folder, chosen, progress)
     for problem in sorted({entry["problem"] for entry in entries if entry["problem"]}):
         files = [entry["file"] for entry in entries if entry["problem"] == problem]
         click.echo(
             f"Warning: {len(files)} of {len(entries)} pictures show nothing ({problem}): {', '.join(files)}", err=True
         )
-    click.echo(f"{len(entries)} picture{'s' * (len(entries) > 1)} in {folder}")
+    compared = ", each beside its base and reference in *-compared.png" if comparison else ""
+    click.echo(f"{len(entries)} picture{'s' * (len(entries) > 1)} in {folder}, drawn by {chosen}{compared}")
 
 
 @main.command(epilog=_EXIT_CODES)
@@ -225,7 +286,8 @@ def bake(recipe: Path, folder: Path, force: bool, device: str, dtype: str) -> No
 
     The artifact DIR has bakeout.json (what was erased from what, and how), edit.safetensors (the edit itself) and
     diffusers/, an ordinary diffusers folder: DiffusionPipeline.from_pretrained("DIR/diffusers", dtype=...) loads it
-    without bakeout. In it only the tensors that the edit names differ from the model's own.
+    without bakeout. In it only the tensors that the edit names differ from the model's own. What else RECIPE has among
+    its targets is written too, as `bakeout export` does.
 
     DIR appears when it is whole; if the command is interrupted, run it again and it goes on. The same recipe gives the
     same bytes on the same machine.
@@ -239,11 +301,43 @@ def bake(recipe: Path, folder: Path, force: bool, device: str, dtype: str) -> No
 
     _quieten_libraries()
     loaded = Recipe.load(recipe)
-    with _own_warnings(), _progress_bar(len(loaded.edits), "calibrating") as progress:
+    steps = len(loaded.edits) + len(loaded.targets) - 1
+    with _own_warnings(), _progress_bar(steps, "baking") as progress:
         artifact = loaded.bake(folder, force=force, device=device, dtype=dtype, progress=progress)
     click.echo(describe_artifact(artifact))
     click.echo("".join(f"\n{note}" for note in artifact.notes))
     click.echo(f"The artifact is {folder}; diffusers' from_pretrained loads {folder / 'diffusers'}")
+
+
+@main.command(epilog=_EXIT_CODES)
+@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+@click.option("--target", type=click.Choice(["onnx"]), required=True, help="The format to add.")
+@click.option("--force", is_flag=True, help="Replace the target where DIR has it already, whole or not.")
+@_debug_option
+def export(folder: Path, target: str, force: bool) -> None:
+    """Add a format to the artifact DIR that `bakeout bake` wrote.
+
+    \b
+    onnx   DIR/onnx/: text encoders, UNet, VAE encoder and decoder as ONNX graphs in fp32, with scheduler and
+           tokenizers. For any batch and size. `bakeout generate DIR` and optimum's pipelines for ONNX Runtime load it.
+           A graph's weights have the names that they have in DIR/diffusers. Needs: pip install "bakeout[cpu]"
+
+    It is made of DIR/diffusers, after every byte that stays was checked, and DIR changes when all is written:
+    interrupted, it is as it was. The same artifact gives the same bytes. Reports of earlier validations are marked
+    stale.
+
+    \b
+    Example:
+      bakeout export shapes-erased --target onnx
+    """
+    from bakeout.export.artifact import Artifact
+
+    _quieten_libraries()
+    with _own_warnings(), _progress_bar(1, "exporting") as progress:
+        opened = Artifact.open(folder, but=target if force else None)
+        artifact = opened.export(target, force=force, progress=progress)
+    size = sum(file.bytes for name, file in artifact.manifest.files.items() if name.startswith(f"{target}/"))
+    click.echo(f"{folder / target} is written ({size / 1e6:,.0f} MB): draw with bakeout generate {folder}")
 
 
 @main.command(epilog=_EXIT_CODES)
@@ -266,7 +360,7 @@ def inspect(model: str, chart: Path | None, force: bool) -> None:
       bakeout inspect shapes
       bakeout inspect shapes-erased -o shares.png
     """
-    from bakeout.describe import describe, describe_artifact
+    from bakeout.describe import describe, describe_artifact, describe_validation
     from bakeout.editor.model import open_model
     from bakeout.recipe import is_artifact
 
@@ -276,44 +370,126 @@ def inspect(model: str, chart: Path | None, force: bool) -> None:
             raise InputError(f"{model} is no artifact, so there is nothing to draw: leave -o out")
         click.echo(describe(open_model(model)))
         return
-    from bakeout.export.artifact import Artifact
+    from bakeout.artifact import Artifact
     from bakeout.plot import write_chart
 
     artifact = Artifact.open(model)
     click.echo(describe_artifact(artifact))
+    click.echo(f"\n{describe_validation(artifact)}")
     if chart is not None:
         write_chart(artifact.manifest, chart, force=force)
         click.echo(f"\nThe chart is {chart}")
 
 
-@main.command(epilog=_EXIT_CODES)
-@_pictures_option
+@main.command(epilog=_VALIDATE_EXIT_CODES)
+@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+@_output_option("output", "OUT", "Folder of the report.  [default: DIR-validation]")
+@click.option("--base", metavar="MODEL", help="The model that was edited, where it is a folder or file.")
+@click.option(
+    "--edit", metavar="FILE", type=click.Path(path_type=Path), help="The edit, where the artifact came without it."
+)
+@click.option("--profile", type=click.Choice(["quick", "release"]), help="24 or 600 prompts.  [default: the recipe's]")
+@click.option(
+    "--target",
+    "targets",
+    metavar="NAME",
+    multiple=True,
+    help="diffusers or onnx; may be given several times.  [default: all]",
+)
+@click.option(
+    "--prompts",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="Pairs, with what was erased and without: .csv, .tsv or .jsonl.  [default: the artifact's own]",
+)
+@click.option("--count", type=int, help="Prompts to draw, half of them with what was erased.  [default: the profile's]")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the first prompt; the next ones count up.")
+@click.option("--steps", type=int, help="Denoising steps.  [default: the model's]")
+@click.option("--guidance", type=float, help="Scale of classifier-free guidance.  [default: the model's]")
+@click.option("--scheduler", metavar="NAME", help=f"{', '.join(SCHEDULERS)}.  [default: the models' own]")
+@click.option("--device", default="auto", show_default=True, help="Of PyTorch: auto, cpu, cuda, cuda:1 or mps.")
+@click.option(
+    "--provider",
+    "providers",
+    metavar="NAME",
+    multiple=True,
+    help="Execution provider of ONNX Runtime; several in order of preference.  [default: CPUExecutionProvider]",
+)
+@click.option("--threads", type=int, help="Of ONNX Runtime, for one operation.  [default: one a core]")
+@_debug_option
+def validate(
+    folder: Path,
+    output: Path | None,
+    targets: tuple[str, ...],
+    providers: tuple[str, ...],
+    threads: int | None,
+    **options: Any,
+) -> None:
+    """Judge whether the artifact DIR is what it claims: the model with the erasure, in every format, to rounding.
+
+    Three models draw from the same noise, in fp32: the base (the model as it was), the reference (the base in eager
+    PyTorch with the erasure as hooks) and the artifact, in each of its formats. It passes if every weight is what base
+    and erasure give, every network answers as the reference's to rounding, and every step and picture is as near the
+    reference as it must be, where the reference is far from the base. What cannot be told is no pass.
+
+    The report is OUT/report.html, for people; OUT/report.json and OUT/junit.xml, for programs; and the pictures. An
+    earlier report there is replaced; a folder with anything else in it never is.
+
+    Prompts are held-out scenes for the built-in model, else those of the artifact's recipe.
+
+    \b
+    Examples:
+      bakeout validate shapes-erased
+      bakeout validate shapes-erased --profile release -o signoff
+      bakeout validate my-model-erased --base models/my-model --steps 20 --count 8
+    """
+    from bakeout.artifact import report_folder, validate_folder
+    from bakeout.describe import describe_report
+
+    _quieten_libraries()
+    sessions = None
+    if providers or threads is not None:
+        from bakeout.export.onnx_pipeline import SessionSettings
+
+        sessions = SessionSettings(providers or SessionSettings().providers, threads=threads)
+    with _own_warnings(), _progress_bar(1, "validating") as progress:
+        report = validate_folder(
+            folder, output, targets=targets or None, sessions=sessions, progress=progress, **options
+        )
+    click.echo(describe_report(report))
+    click.echo(f"\nThe report is {report_folder(folder, output) / 'report.html'}")
+    click.get_current_context().exit(_EXITS[report.verdict])
+
+
+@main.command(epilog=_VALIDATE_EXIT_CODES)
+@_output_option("folder", "DIR", "Folder of the demo.", default=Path("demo"), show_default=True)
 @_debug_option
 def demo(folder: Path) -> None:
-    """Draw four pictures with the built-in model `shapes` and print what its own detector sees in them.
+    """The main job on the built-in model: erase an object and a style from `shapes`, and prove it.
 
-    An earlier demo's pictures in DIR are overwritten.
+    Bakes ConceptPrune into an artifact, exports it to ONNX, draws 24 prompts with the model as it was, with the eager
+    PyTorch reference and in ONNX Runtime, and compares. What was erased and what was kept is judged by the detector of
+    `shapes`, with exact binomial intervals.
+
+    DIR has recipe.toml, the artifact shapes-erased/, the report in report/, and demo.png, the models side by side. An
+    earlier demo in DIR is overwritten. It takes about two minutes on two cores.
 
     \b
     Example:
       bakeout demo -o demo
     """
     from bakeout import demo as demonstration
-    from bakeout.describe import table
+    from bakeout.describe import describe_report
 
     _quieten_libraries()
-    with _progress_bar(len(demonstration.SCENES)) as progress:
-        verdicts = demonstration.run(folder, progress)
-    rows = [
-        (
-            verdict.prompt,
-            " ".join(verdict.seen.values()),
-            "as asked" if verdict.seen == verdict.wanted else "not as asked",
-        )
-        for verdict in verdicts
-    ]
-    click.echo(table(("prompt", "the detector sees", "verdict"), rows))
-    click.echo(f"{len(verdicts)} pictures in {folder}")
+    with _own_warnings():
+        with _progress_bar(demonstration.BAKES, "baking") as progress:
+            artifact = demonstration.bake(folder, progress)
+        with _progress_bar(1, "validating") as progress:
+            report = demonstration.judge(artifact, folder, progress)
+    click.echo(describe_report(report))
+    click.echo(f"\nSide by side: {folder / 'demo.png'}\nThe report: {folder / 'report' / 'report.html'}")
+    click.get_current_context().exit(_EXITS[report.verdict])
 
 
 def _tell(line: str, error: BaseException) -> None:
@@ -332,6 +508,8 @@ def _quieten_libraries() -> None:
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
+    # Image-to-image with SDXL casts a VAE that is float32 already, and each time is told what that may do.
+    logging.getLogger("diffusers.models.modeling_utils").setLevel(logging.ERROR)
 
 
 @contextmanager

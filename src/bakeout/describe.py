@@ -7,12 +7,17 @@ from collections.abc import Mapping, Sequence
 from math import prod
 from typing import TYPE_CHECKING, Any
 
+from bakeout.editor.errors import InputError
 from bakeout.generate import ACCURACY
 
 if TYPE_CHECKING:
     from bakeout.editor.model import Component, Model
     from bakeout.export.artifact import Artifact
     from bakeout.export.manifest import Lowering, Manifest
+    from bakeout.validate.report.schema import Report
+
+_VERDICTS = {"pass": "passed", "fail": "failed", "unjudged": "could not be judged"}
+_MARKS = {"pass": "pass", "fail": "FAIL", "unjudged": "could not judge"}
 
 
 def describe(model: Model) -> str:
@@ -54,6 +59,56 @@ def describe_artifact(artifact: Artifact) -> str:
         "\n".join(ends),
     ]
     return "\n\n".join(blocks)
+
+
+def describe_validation(artifact: Artifact) -> str:
+    """A line on the report beside an artifact: its verdict, and whether it is of the artifact as it is now."""
+    from bakeout.artifact import report_folder
+    from bakeout.export.manifest import MANIFEST, file_digest
+    from bakeout.validate.report import REPORT, read_report
+
+    path = report_folder(artifact.folder) / REPORT
+    again = f"run `bakeout validate {artifact.folder}`"
+    if not path.is_file():
+        return f"Not validated: {again}"
+    try:
+        report = read_report(path)
+    except InputError as error:
+        return f"Not validated: {error}"
+    if report.manifest != file_digest(artifact.folder / MANIFEST):
+        return f"Not validated as it is now (an earlier state {_VERDICTS[report.verdict]}): {again}"
+    return f"Validated, profile {report.profile}: it {_VERDICTS[report.verdict]} ({path})"
+
+
+def describe_report(report: Report) -> str:
+    """What a validation found: its verdict, what is wrong, its checks in a line each, and what the detector sees."""
+    erased = ", ".join(report.erased) or "anything named"
+    wrong = [f"- {it.name}{f' of {it.target}' if it.target else ''}: {it.summary}"
+             for it in report.checks if it.verdict != "pass"]  # fmt: skip
+    checks = [
+        (
+            it.name,
+            it.target or "",
+            _MARKS[it.verdict],
+            "" if it.measured is None else f"{it.measured:.2g}",
+            "" if it.limit is None else f"{it.limit:g}",
+        )
+        for it in report.checks
+    ]
+    seen = [
+        (
+            it.model,
+            f"{it.concept} is seen" if it.kind == "erased" else "another prompt is drawn as told",
+            f"{it.detected} of {it.pictures}",
+            f"{it.low:.1%} to {it.high:.1%} ({it.confidence:.0%})",
+        )
+        for it in report.detections
+    ]
+    blocks = [f"{report.artifact} {_VERDICTS[report.verdict]}: {report.base} without {erased}", "\n".join(wrong)]
+    blocks.append(table(("check", "of", "verdict", "measured", "limit"), checks))
+    if seen:
+        blocks.append(table(("model", report.detector or "detector", "pictures", "interval"), seen))
+    return "\n\n".join(filter(None, blocks))
 
 
 def headline(manifest: Manifest) -> str:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 from bakeout.builtin.shapes.detector import Detector
 from bakeout.builtin.shapes.scenes import ATTRIBUTES, Scene, draw, prompt, sample_scene
 from bakeout.builtin.shapes.similarity import clip_similarity
+from bakeout.intervals import exact_interval
 
 STEPS, GUIDANCE = 20, 4.0
 # Scenes for training and for judging come from generators seeded differently.
@@ -35,6 +37,22 @@ def uniform_scenes(count: int) -> list[Scene]:
     rng = np.random.default_rng([HELD_OUT_SEED, 0])
     chosen = [{name: str(rng.choice(values)) for name, values in ATTRIBUTES.items()} for _ in range(count)]
     return [Scene(it["object"], it["colour"], it["style"], it["background"]) for it in chosen]
+
+
+def scenes_with(attribute: str, value: str, count: int) -> list[Scene]:
+    """Held-out scenes that show a concept; their other attributes are uniform."""
+    changed: Any = {attribute: value}
+    return [replace(scene, **changed) for scene in uniform_scenes(count)]
+
+
+def scenes_without(values: Collection[str], count: int) -> list[Scene]:
+    """Held-out scenes that show none of these concepts; else uniform. None where every scene has one of them."""
+    if any(set(values) >= set(all_values) for all_values in ATTRIBUTES.values()):
+        return []
+    drawn = count
+    while len(found := [it for it in uniform_scenes(drawn) if not set(it.labels.values()) & set(values)]) < count:
+        drawn *= 2
+    return found[:count]
 
 
 def generate(pipeline: Any, prompts: Sequence[str], seed: int = 0, batch: int = 50) -> NDArray[np.uint8]:
@@ -62,15 +80,12 @@ def accuracy(detector: Detector, pictures: NDArray[np.uint8], scenes: Sequence[S
 
 
 def share(correct: int, of: int) -> Share:
-    """`correct` of `of` with its exact binomial interval (Clopper and Pearson, 1934)."""
-    from scipy.stats import binomtest
-
-    interval = binomtest(correct, of).proportion_ci(0.95, "exact")
+    """`correct` of `of` with its exact binomial interval."""
     return {
         "correct": correct,
         "of": of,
         "share": round(correct / of, 4),
-        "interval_95": [round(float(interval.low), 4), round(float(interval.high), 4)],
+        "interval_95": [round(bound, 4) for bound in exact_interval(correct, of, 0.95)],
     }
 
 

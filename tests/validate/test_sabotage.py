@@ -1,0 +1,644 @@
+"""What ships is broken by editing the files of a finished artifact; `validate` must fail it, and by the right checks.
+
+Each is done twice: with the manifest as it was, which the hashes notice, and with the manifest rewritten for the files
+as they now are, by a maker's mistake or a liar, so that only the audit or the mathematics can notice.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import TensorProto, helper, numpy_helper
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from bakeout.editor.checkpoint_header import read_header
+from bakeout.editor.edit import Edit, Origin, PatchWeightInput
+from bakeout.editor.errors import InputError
+from bakeout.editor.model import open_model
+from bakeout.export.artifact import EDIT, Artifact
+from bakeout.export.manifest import MANIFEST, File, file_digest, read_manifest, tensor_digest
+from bakeout.export.onnx_pipeline import SessionSettings
+from bakeout.validate.report.schema import Report
+from bakeout.validate.validation import validate
+
+# An artifact's folder and one of its targets.
+Sabotage = Callable[[Path, str], None]
+
+ERASED = {"step-parity", "step-parity-worst-prompt", "final-parity", "final-parity-worst-prompt"}
+KEPT = {"step-rounding", "drift"}
+DRAWN = {*ERASED, *KEPT, "pictures"}
+OF_TARGET = {*DRAWN, "configuration", "weights", "components", "runs"}
+OF_ALL = {"files", "edit-is-seen", "reference-pictures"}
+
+# Where the most of what the edit does is done.
+ONE_LAYER = "up_blocks.1.attentions.0.transformer_blocks.0.ff.net.2.weight"
+UNEDITED = "up_blocks.1.attentions.1.transformer_blocks.2.attn1.to_q.weight"
+
+# Of each pair one or none is in the prompts.
+DRAWN_WORDS, OTHER_WORDS = ("checkered", "striped"), ("moon", "heart")
+
+
+def judged(folder: Path, *targets: str, count: int = 2, steps: int | None = 2, **options: Any) -> Report:
+    """The report on as few pictures as show something."""
+    sessions = SessionSettings(threads=1)
+    return validate(
+        folder, targets=targets or None, count=count, steps=steps, device="cpu", sessions=sessions, **options
+    )[0]
+
+
+def verdicts(report: Report, target: str | None = None) -> dict[str, str]:
+    """By the names of the checks of a target and of those of the whole artifact."""
+    return {it.name: it.verdict for it in report.checks if it.target in (target, None)}
+
+
+def sign_off(folder: Path) -> None:
+    """Rewrite the manifest for the files as they are."""
+    manifest = read_manifest(folder)
+    files = {
+        path.relative_to(folder).as_posix(): File(bytes=path.stat().st_size, sha256=file_digest(path))
+        for target in manifest.targets
+        for path in sorted((folder / target).rglob("*"))
+        if path.is_file()
+    }
+    edited = tuple(
+        it.model_copy(update={"sha256": tensor_digest(read_header(folder / it.file).tensors[it.name])})
+        for it in manifest.edited
+    )
+    own = {"edit": Edit.load(folder / EDIT).digest, "edit_file": file_digest(folder / EDIT)}
+    (folder / MANIFEST).write_bytes(manifest.model_copy(update={"files": files, "edited": edited, **own}).to_json())
+
+
+@cache
+def base(component: str) -> dict[str, Tensor]:
+    """The weights of a component of the base, as stored; nobody changes them."""
+    (file,) = open_model("shapes").components[component].files
+    return load_file(file)
+
+
+def masks(folder: Path) -> dict[str, Tensor]:
+    """What the Edit prunes, by the weight's name."""
+    model = open_model("shapes")
+    operations = Edit.load(folder / EDIT).operations
+    return {str(model.site(it.site).weight): it.mask for it in operations if isinstance(it, PatchWeightInput)}
+
+
+@contextmanager
+def graph(folder: Path, network: str) -> Iterator[Any]:
+    """A graph of the ONNX folder, to change."""
+    path = folder / "onnx" / network / "model.onnx"
+    model = onnx.load(path)
+    yield model.graph
+    onnx.save(model, path)
+
+
+@contextmanager
+def weights(folder: Path, target: str, network: str) -> Iterator[dict[str, Tensor]]:
+    """The weights of a network, to change, by their names, which are the same in both targets."""
+    if target == "onnx":
+        with graph(folder, network) as opened:
+            found = {it.name: torch.tensor(numpy_helper.to_array(it)) for it in opened.initializer}
+            yield found
+            for it in opened.initializer:
+                it.CopyFrom(numpy_helper.from_array(found[it.name].numpy(), it.name))
+        return
+    (path,) = (folder / target / ("vae" if network.startswith("vae") else network)).glob("*.safetensors")
+    found = load_file(path)
+    yield found
+    save_file(found, path, {"format": "pt"})
+
+
+@contextmanager
+def configuration(folder: Path, target: str, *names: str) -> Iterator[dict[str, Any]]:
+    """A JSON file of a target, to change; others are made the same."""
+    said = json.loads((folder / target / names[0]).read_text(encoding="utf-8"))
+    yield said
+    for name in names:
+        (folder / target / name).write_text(json.dumps(said), encoding="utf-8")
+
+
+def vae_configs(target: str) -> tuple[str, ...]:
+    return ("vae/config.json",) if target == "diffusers" else ("vae_decoder/config.json", "vae_encoder/config.json")
+
+
+def read_instead(opened: Any, old: str, new: str) -> None:
+    """Let the nodes that read `old` read `new`."""
+    for node in opened.node:
+        node.input[:] = [new if name == old else name for name in node.input]
+
+
+def put_first(opened: Any, *nodes: Any) -> None:
+    """Nodes are in the order in which they run."""
+    others = list(opened.node)
+    del opened.node[:]
+    opened.node.extend([*nodes, *others])
+
+
+def add_constant(opened: Any, name: str, values: Any) -> str:
+    opened.initializer.append(numpy_helper.from_array(np.asarray(values), name))
+    return name
+
+
+def from_base(own: dict[str, Tensor], name: str) -> Tensor:
+    return base("unet")[name].to(own[name].dtype)
+
+
+def drop_the_edit(folder: Path, target: str) -> None:
+    with weights(folder, target, "unet") as own:
+        for name in masks(folder):
+            own[name] = from_base(own, name)
+
+
+def restore_a_layer(name: str, folder: Path, target: str) -> None:
+    with weights(folder, target, "unet") as own:
+        own[name] = from_base(own, name)
+
+
+def transpose_the_masks(folder: Path, target: str) -> None:
+    with weights(folder, target, "unet") as own:
+        for name, mask in masks(folder).items():
+            own[name] = from_base(own, name).masked_fill(mask.T.reshape(mask.shape), 0)
+
+
+def roll_the_masks(folder: Path, target: str) -> None:
+    """Off by one: what is pruned are the neighbours of the units that should be."""
+    with weights(folder, target, "unet") as own:
+        for name, mask in masks(folder).items():
+            own[name] = from_base(own, name).masked_fill(mask.roll(1, dims=1), 0)
+
+
+def restore_one_weight(folder: Path, target: str) -> None:
+    """The smallest of those that were pruned."""
+    with weights(folder, target, "unet") as own:
+        before = from_base(own, ONE_LAYER)
+        size = before.abs().masked_fill(~masks(folder)[ONE_LAYER] | (before == 0), torch.inf)
+        own[ONE_LAYER].view(-1)[size.argmin()] = before.view(-1)[size.argmin()]
+
+
+def keep_the_edit_in_unused_weights(folder: Path, target: str) -> None:
+    """Whoever looks the weights up by name finds the edit; what runs are others."""
+    with graph(folder, "unet") as opened:
+        for name in masks(folder):
+            read_instead(opened, name, add_constant(opened, f"{name}.unedited", base("unet")[name].float()))
+
+
+def edit_some_shapes_only(axis: int, comparison: str, size: int, folder: Path, target: str) -> None:
+    """The weights depend on the shape of the latents. With guidance, a picture is a batch of two, of 8 by 8."""
+    with graph(folder, "unet") as opened:
+        place, wanted = (add_constant(opened, *it) for it in (("axis", np.int64(axis)), ("size", np.int64(size))))
+        nodes = [
+            helper.make_node("Shape", ["sample"], ["shape of sample"]),
+            helper.make_node("Gather", ["shape of sample", place], ["size of sample"]),
+            helper.make_node(comparison, ["size of sample", wanted], ["is edited"]),
+        ]
+        for name in masks(folder):
+            read_instead(opened, name, f"{name}.chosen")
+            other = add_constant(opened, f"{name}.unedited", base("unet")[name].float())
+            nodes.append(helper.make_node("Where", ["is edited", name, other], [f"{name}.chosen"]))
+        put_first(opened, *nodes)
+
+
+def flip_a_bit(folder: Path, target: str) -> None:
+    """The least one of one weight."""
+    with weights(folder, target, "unet") as own:
+        values = own[UNEDITED].view(-1)
+        values.view(torch.int16 if values.itemsize == 2 else torch.int32)[0] ^= 1
+
+
+def put_into_unet(value: float, folder: Path, target: str) -> None:
+    with weights(folder, target, "unet") as own:
+        own["conv_in.bias"][0] = value
+
+
+def put_into_decoder(value: float, folder: Path, target: str) -> None:
+    with weights(folder, target, "vae_decoder") as own:
+        own["decoder.conv_in.bias"][0] = value
+
+
+def take_another_text_encoder(folder: Path, target: str) -> None:
+    """As if of another training: the same shapes and spread, and other values."""
+    generator = torch.Generator().manual_seed(0)
+    with weights(folder, target, "text_encoder") as own:
+        for name in base("text_encoder"):
+            values = own[name].flatten()
+            own[name] = values[torch.randperm(len(values), generator=generator)].reshape(own[name].shape)
+
+
+def exchange_two_words(folder: Path, target: str) -> None:
+    vocabulary = json.loads((folder / target / "tokenizer" / "vocab.json").read_text(encoding="utf-8"))
+    one, other = (vocabulary[f"{word}</w>"] for word in DRAWN_WORDS)
+    with weights(folder, target, "text_encoder") as own:
+        (name,) = (name for name in base("text_encoder") if name.endswith("token_embedding.weight"))
+        own[name][[one, other]] = own[name][[other, one]]
+
+
+def break_the_vae_encoder(folder: Path, target: str) -> None:
+    """Text to image never runs it."""
+    with weights(folder, target, "vae_encoder") as own:
+        own["encoder.conv_out.bias"] += 0.1
+
+
+def round_to_bf16(folder: Path, target: str) -> None:
+    with weights(folder, target, "unet") as own:
+        for name in base("unet"):
+            own[name] = own[name].bfloat16().to(own[name].dtype)
+
+
+def draw_one_colour(value: float, folder: Path, target: str) -> None:
+    with weights(folder, target, "vae_decoder") as own:
+        own["decoder.conv_out.weight"].zero_()
+        own["decoder.conv_out.bias"].fill_(value)
+
+
+def leave_stale_data(folder: Path, target: str) -> None:
+    """The graph is the new one, and the file with its weights lies there from an export of the base."""
+    data = folder / target / "unet" / "model.onnx_data"
+    drop_the_edit(folder, target)
+    move_weights_out(folder, target)
+    stale = data.read_bytes()
+    with weights(folder, target, "unet") as own:
+        for name, mask in masks(folder).items():
+            own[name] = own[name].masked_fill(mask, 0)
+    move_weights_out(folder, target)
+    assert len(stale) == data.stat().st_size
+    data.write_bytes(stale)
+
+
+def move_weights_out(folder: Path, target: str) -> None:
+    """Into external data, as of a model above 2 GB."""
+    path = folder / target / "unet" / "model.onnx"
+    model = onnx.load(path)
+    (path.parent / "model.onnx_data").unlink(missing_ok=True)
+    onnx.save(model, path, save_as_external_data=True, location="model.onnx_data", size_threshold=1024)
+
+
+def lay_shards_beside(folder: Path, target: str) -> None:
+    """Of the base: diffusers looks for their index first."""
+    home, stem = folder / target / "unet", "diffusion_pytorch_model"
+    shard = f"{stem}-00001-of-00001.safetensors"
+    save_file(base("unet"), home / shard, {"format": "pt"})
+    index = {"metadata": {}, "weight_map": dict.fromkeys(base("unet"), shard)}
+    (home / f"{stem}.safetensors.index.json").write_text(json.dumps(index))
+
+
+def lay_a_variant_beside(folder: Path, target: str) -> None:
+    """Of the base: diffusers loads it for whoever asks for variant="fp16", as is usual."""
+    save_file(base("unet"), folder / target / "unet" / "diffusion_pytorch_model.fp16.safetensors", {"format": "pt"})
+
+
+def freeze_the_timestep(folder: Path, target: str) -> None:
+    with graph(folder, "unet") as opened:
+        read_instead(opened, "timestep", add_constant(opened, "frozen", np.float32(500)))
+
+
+def ignore_the_latents(folder: Path, target: str) -> None:
+    """The same picture for every seed and prompt, and no single colour."""
+    picture = np.random.default_rng(0).standard_normal((1, 4, 8, 8), np.float32)
+    with graph(folder, "vae_decoder") as opened:
+        read_instead(opened, "latent_sample", "constant latents")
+        zero, latents = add_constant(opened, "zero", np.float32(0)), add_constant(opened, "latents", picture)
+        put_first(
+            opened,
+            helper.make_node("Mul", ["latent_sample", zero], ["nothing"]),
+            helper.make_node("Add", ["nothing", latents], ["constant latents"]),
+        )
+
+
+def overflow_in_half_precision(folder: Path, target: str) -> None:
+    """The decoder's last layer computes in fp16, on activations that are too large for it."""
+    with graph(folder, "vae_decoder") as opened:
+        last = opened.node[-1]
+        scale = add_constant(opened, "scale", np.float32(1e5))
+        nodes = [
+            helper.make_node("Mul", [last.input[0], scale], ["large"]),
+            helper.make_node("Cast", ["large"], ["half"], to=TensorProto.FLOAT16),
+            helper.make_node("Cast", ["half"], ["whole"], to=TensorProto.FLOAT),
+            helper.make_node("Div", ["whole", scale], ["scaled back"]),
+        ]
+        last.input[0] = "scaled back"
+        tail = opened.node.pop()
+        opened.node.extend([*nodes, tail])
+
+
+def add_noise(folder: Path, target: str) -> None:
+    """Other values in every call, as of dropout that was left on."""
+    with graph(folder, "unet") as opened:
+        last = opened.node[-1]
+        last.output[0] = "clean"
+        opened.node.extend([
+            helper.make_node("RandomNormalLike", ["clean"], ["noise"], scale=1e-2, seed=0.0),
+            helper.make_node("Add", ["clean", "noise"], ["out_sample"]),
+        ])  # fmt: skip
+
+
+def remove_an_output(folder: Path, target: str) -> None:
+    with graph(folder, "text_encoder") as opened:
+        assert opened.output.pop().name == "pooler_output"
+
+
+def give_another_tensor_as_output(folder: Path, target: str) -> None:
+    """The first token's row in place of that of the end mark."""
+    with graph(folder, "text_encoder") as opened:
+        last = opened.node[-1]
+        assert last.output[0] == "pooler_output"
+        last.output[0] = "right"
+        first = add_constant(opened, "first", np.int64(0))
+        opened.node.append(helper.make_node("Gather", ["last_hidden_state", first], ["pooler_output"], axis=1))
+
+
+def reorder_the_outputs(folder: Path, target: str) -> None:
+    with graph(folder, "text_encoder") as opened:
+        opened.output.reverse()
+
+
+def exchange_the_outputs(folder: Path, target: str) -> None:
+    """Each has the other's name."""
+    with graph(folder, "text_encoder") as opened:
+        names = {"last_hidden_state": "pooler_output", "pooler_output": "last_hidden_state"}
+        for node in opened.node:
+            node.input[:] = [names.get(name, name) for name in node.input]
+            node.output[:] = [names.get(name, name) for name in node.output]
+
+
+def fix_the_batch(folder: Path, target: str) -> None:
+    """At what a validation of two prompts draws with: one picture a prompt, with guidance."""
+    with graph(folder, "unet") as opened:
+        for it in (*opened.input, *opened.output):
+            for dim in it.type.tensor_type.shape.dim[:1]:
+                dim.dim_value = 2
+
+
+def fix_the_size(folder: Path, target: str) -> None:
+    with graph(folder, "unet") as opened:
+        for dim in opened.input[0].type.tensor_type.shape.dim[2:]:
+            dim.dim_value = 8
+
+
+def remove_the_decoder(folder: Path, target: str) -> None:
+    shutil.rmtree(folder / target / ("vae_decoder" if target == "onnx" else "vae"))
+
+
+def set_scheduler(changes: dict[str, Any], folder: Path, target: str) -> None:
+    with configuration(folder, target, "scheduler/scheduler_config.json") as said:
+        said.update(changes)
+
+
+def take_another_scheduler(folder: Path, target: str) -> None:
+    set_scheduler({"_class_name": "EulerDiscreteScheduler"}, folder, target)
+    with configuration(folder, target, "model_index.json") as said:
+        said["scheduler"] = ["diffusers", "EulerDiscreteScheduler"]
+
+
+def scale_the_latents(folder: Path, target: str) -> None:
+    """As Stable Diffusion's VAE does."""
+    with configuration(folder, target, *vae_configs(target)) as said:
+        said["scaling_factor"] = 0.18215
+
+
+def scale_the_decoder_only(folder: Path, target: str) -> None:
+    with configuration(folder, target, "vae_decoder/config.json") as said:
+        said["scaling_factor"] = 0.18215
+
+
+def reorder_the_vocabulary(
+    words: tuple[str, str], folder: Path, target: str, files: Collection[str] = ("vocab.json", "tokenizer.json")
+) -> None:
+    one, other = (f"{word}</w>" for word in words)
+    for file in files:
+        with configuration(folder, target, f"tokenizer/{file}") as said:
+            vocabulary = said["model"]["vocab"] if file == "tokenizer.json" else said
+            vocabulary[one], vocabulary[other] = vocabulary[other], vocabulary[one]
+
+
+def cut_prompts(folder: Path, target: str) -> None:
+    with configuration(folder, target, "tokenizer/tokenizer_config.json") as said:
+        said["model_max_length"] = 4
+
+
+def remove_merges(folder: Path, target: str) -> None:
+    """Older libraries need that file, newer ones read another."""
+    (folder / target / "tokenizer" / "merges.txt").unlink()
+
+
+def case(sabotage: Sabotage, target: str, *fails: str | Collection[str], slow: bool = False, named: str = "") -> Any:
+    """What to break, where, and every check that must fail."""
+    names = {name for it in fails for name in ([it] if isinstance(it, str) else it)}
+    function = sabotage.func if isinstance(sabotage, partial) else sabotage
+    name = f"{function.__name__}{named and '-'}{named}-{target}"
+    return pytest.param(sabotage, target, names, id=name, marks=[pytest.mark.slow] if slow else [])
+
+
+CASES = [
+    case(drop_the_edit, "onnx", "weights", "components", DRAWN),
+    case(drop_the_edit, "diffusers", "weights", "components", DRAWN),
+    case(partial(restore_a_layer, ONE_LAYER), "onnx", "weights", "components", DRAWN),
+    case(partial(restore_a_layer, ONE_LAYER), "diffusers", "weights", "components", DRAWN, slow=True),
+    case(transpose_the_masks, "onnx", "weights", "components", DRAWN),
+    case(transpose_the_masks, "diffusers", "weights", "components", DRAWN, slow=True),
+    case(roll_the_masks, "onnx", "weights", "components", DRAWN, slow=True),
+    case(restore_one_weight, "onnx", "weights"),
+    case(restore_one_weight, "diffusers", "weights", slow=True),
+    case(keep_the_edit_in_unused_weights, "onnx", "components", DRAWN),
+    case(partial(edit_some_shapes_only, 0, "LessOrEqual", 2), "onnx", "components", named="small"),
+    case(partial(edit_some_shapes_only, 0, "GreaterOrEqual", 2), "onnx", "components", named="batch", slow=True),
+    case(partial(edit_some_shapes_only, 2, "Equal", 8), "onnx", "components", named="square", slow=True),
+    case(flip_a_bit, "onnx", "weights", slow=True),
+    case(flip_a_bit, "diffusers", "weights", slow=True),
+    case(partial(put_into_unet, math.nan), "onnx", "weights", "components", DRAWN, named="nan"),
+    case(partial(put_into_unet, math.inf), "onnx", "weights", "components", DRAWN, named="inf", slow=True),
+    case(partial(put_into_unet, math.nan), "diffusers", "weights", "components", DRAWN, named="nan", slow=True),
+    case(partial(put_into_decoder, math.inf), "onnx", "weights", "components", "pictures", named="inf", slow=True),
+    case(take_another_text_encoder, "onnx", "weights", "components", DRAWN),
+    case(take_another_text_encoder, "diffusers", "weights", "components", DRAWN, slow=True),
+    case(exchange_two_words, "onnx", "weights", "components", DRAWN, slow=True),
+    case(break_the_vae_encoder, "onnx", "weights", "components", slow=True),
+    case(round_to_bf16, "onnx", "weights", "components", KEPT, slow=True),
+    case(partial(draw_one_colour, 0.25), "onnx", "weights", "components", "pictures", named="grey"),
+    case(partial(draw_one_colour, -1.0), "onnx", "weights", "components", "pictures", named="black", slow=True),
+    case(partial(draw_one_colour, -1.0), "diffusers", "weights", "components", "pictures", named="black", slow=True),
+    case(leave_stale_data, "onnx", "weights", "components", DRAWN),
+    case(lay_shards_beside, "diffusers", "weights"),
+    case(lay_a_variant_beside, "diffusers", "weights", slow=True),
+    case(freeze_the_timestep, "onnx", "components", DRAWN, slow=True),
+    case(ignore_the_latents, "onnx", "components", "pictures", slow=True),
+    case(overflow_in_half_precision, "onnx", "components", "pictures", slow=True),
+    case(add_noise, "onnx", "components", DRAWN, slow=True),
+    case(remove_an_output, "onnx", "interface", "runs", slow=True),
+    case(give_another_tensor_as_output, "onnx", "components", slow=True),
+    case(reorder_the_outputs, "onnx", "interface", slow=True),
+    case(exchange_the_outputs, "onnx", "components", "runs", slow=True),
+    case(fix_the_batch, "onnx", "interface", "components", slow=True),
+    case(fix_the_size, "onnx", "interface", "components", slow=True),
+    case(remove_the_decoder, "onnx", "configuration", "interface", "weights", "runs", slow=True),
+    case(remove_the_decoder, "diffusers", "configuration", "weights", "runs", slow=True),
+    case(partial(set_scheduler, {"beta_end": 0.02}), "onnx", "configuration", DRAWN, named="beta_end"),
+    case(partial(set_scheduler, {"prediction_type": "v_prediction"}), "diffusers", "configuration", DRAWN,
+         named="prediction", slow=True),
+    case(take_another_scheduler, "onnx", "configuration", DRAWN, slow=True),
+    case(scale_the_latents, "onnx", "configuration", "pictures"),
+    case(scale_the_latents, "diffusers", "configuration", "pictures", slow=True),
+    case(scale_the_decoder_only, "onnx", "configuration", "runs", slow=True),
+    case(partial(reorder_the_vocabulary, DRAWN_WORDS), "onnx", "configuration", DRAWN, slow=True),
+    case(partial(reorder_the_vocabulary, OTHER_WORDS), "onnx", "configuration", named="other", slow=True),
+    case(partial(reorder_the_vocabulary, DRAWN_WORDS, files=("vocab.json",)), "onnx", "configuration", named="old",
+         slow=True),
+    case(remove_merges, "onnx", "configuration", slow=True),
+    case(cut_prompts, "onnx", "configuration", DRAWN, slow=True),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("sabotage", "target", "fails"), CASES)
+def test_what_is_broken_fails_by_the_right_checks(
+    artifact: Path, sabotage: Sabotage, target: str, fails: set[str]
+) -> None:
+    sabotage(artifact, target)
+    with pytest.raises(InputError):
+        Artifact(artifact, read_manifest(artifact)).verify()
+    sign_off(artifact)
+    report = judged(artifact, target)
+    assert report.verdict == "fail"
+    found = verdicts(report, target)
+    assert found.pop("detector", "pass") == "pass" or "pictures" in fails
+    assert {name for name, verdict in found.items() if verdict != "pass"} == fails
+    # And no check was left out, but for those that need it to run.
+    wanted = OF_ALL | OF_TARGET | ({"interface"} if target == "onnx" else set())
+    assert found.keys() >= (wanted - DRAWN - {"components"} if "runs" in fails else wanted)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("site", [it.name for it in open_model("shapes").sites_of("ffn2")])
+def test_each_layer_that_lost_its_edit_is_found(artifact: Path, site: str) -> None:
+    """Also one in which the edit changes so little that no picture shows it."""
+    restore_a_layer(str(open_model("shapes").site(site).weight), artifact, "onnx")
+    sign_off(artifact)
+    found = verdicts(judged(artifact, "onnx"), "onnx")
+    assert found["weights"] == "fail"
+    assert found["configuration"] == found["interface"] == found["runs"] == "pass"
+
+
+def test_what_changes_nothing_is_found_by_its_hash_only(artifact: Path) -> None:
+    """The control of all sabotage: a target's files written anew pass, once the manifest knows them."""
+    with weights(artifact, "onnx", "unet"), weights(artifact, "onnx", "vae_decoder"):
+        pass
+    with configuration(artifact, "onnx", "scheduler/scheduler_config.json"):
+        pass
+    move_weights_out(artifact, "onnx")
+    with weights(artifact, "diffusers", "unet"), configuration(artifact, "diffusers", *vae_configs("diffusers")):
+        pass
+    report = judged(artifact, "diffusers")
+    assert report.verdict == "fail"
+    assert [it.name for it in report.checks if it.verdict != "pass"] == ["files"]
+    sign_off(artifact)
+    report = judged(artifact)
+    assert report.verdict == "pass"
+    assert verdicts(report, "onnx").keys() >= OF_ALL | OF_TARGET | {"detector", "interface"}
+    assert verdicts(report, "diffusers").keys() >= OF_ALL | OF_TARGET | {"detector"}
+
+
+@pytest.mark.slow
+def test_a_broken_target_does_not_touch_the_verdicts_on_another(artifact: Path) -> None:
+    drop_the_edit(artifact, "onnx")
+    sign_off(artifact)
+    report = judged(artifact)
+    assert report.verdict == "fail"
+    assert {it.target for it in report.checks if it.verdict != "pass"} == {"onnx"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["onnx", "diffusers"])
+def test_files_that_are_gone_fail_without_a_traceback(artifact: Path, target: str) -> None:
+    for path in (artifact / target / "unet").iterdir():
+        path.unlink()
+    found = verdicts(judged(artifact, target), target)
+    assert found["files"] == found["weights"] == found["configuration"] == found["runs"] == "fail"
+    assert found["edit-is-seen"] == found["reference-pictures"] == "pass"
+
+
+@pytest.mark.slow
+def test_weights_and_edit_of_another_kind_agree_with_each_other_only(artifact: Path) -> None:
+    """Whoever exchanges the Edit and signs that is caught by the weights."""
+    site = next(it.name for it in open_model("shapes").sites if it.weight == ONE_LAYER)
+    Edit((PatchWeightInput(site, masks(artifact)[ONE_LAYER]),), (Origin("conceptprune", "star"),)).save(artifact / EDIT)
+    assert verdicts(judged(artifact, "diffusers")) == {"files": "fail", "edit": "unjudged"}
+    sign_off(artifact)
+    report = judged(artifact, "diffusers")
+    assert report.verdict == "fail"
+    assert verdicts(report, "diffusers")["weights"] == "fail"
+
+
+def test_an_edit_without_effect_proves_nothing(tmp_path: Path, bake: Callable[..., Path]) -> None:
+    """The base is its own faithful artifact; that it erases is not shown."""
+    nothing = [PatchWeightInput(it.name, torch.zeros(it.d_out, it.d_in, dtype=torch.bool))
+               for it in open_model("shapes").sites_of("ffn2")]  # fmt: skip
+    folder = bake("shapes", tmp_path / "artifact", Edit(tuple(nothing), (Origin("conceptprune", "star"),)))
+    report = judged(folder, "diffusers")
+    assert report.verdict == "unjudged"
+    assert [it.name for it in report.checks if it.verdict != "pass"] == ["edit-is-seen"]
+
+
+@pytest.mark.slow
+def test_prompts_that_do_not_name_what_was_erased_prove_nothing(starless: Path, tmp_path: Path) -> None:
+    pairs = tmp_path / "pairs.csv"
+    pairs.write_text("target,reference\na red circle,a blue ring\na green ring,a pink circle\n")
+    report = judged(starless, "diffusers", prompts=pairs)
+    assert report.verdict == "unjudged"
+    assert [it.name for it in report.checks if it.verdict != "pass"] == ["edit-is-seen"]
+
+
+@pytest.mark.slow
+def test_a_base_that_draws_nothing_proves_nothing(
+    tmp_path: Path, bake: Callable[..., Path], without: Callable[[str], Edit]
+) -> None:
+    source = Path(shutil.copytree(open_model("shapes").path, tmp_path / "shapes"))
+    path = source / "unet" / "diffusion_pytorch_model.safetensors"
+    broken = load_file(path)
+    broken["conv_in.bias"][0] = torch.nan
+    save_file(broken, path, {"format": "pt"})
+    pairs = tmp_path / "pairs.csv"
+    pairs.write_text("target,reference\na red star,a red circle\n")
+    folder = bake(source, tmp_path / "artifact", without("star"))
+    report = judged(folder, "diffusers", base=source, prompts=pairs)
+    found = verdicts(report, "diffusers")
+    assert report.verdict != "pass"
+    assert found["reference-pictures"] == found["edit-is-seen"] == "unjudged"
+    assert found["weights"] == found["configuration"] == "pass"
+
+
+def test_another_base_is_refused(starless: Path, tiny_model: Path) -> None:
+    with pytest.raises(InputError, match="is not the model 'shapes'"):
+        judged(starless, base=tiny_model)
+
+
+def test_another_edit_is_refused(starless: Path, tmp_path: Path, without: Callable[[str], Edit]) -> None:
+    without("moon").save(tmp_path / "other.safetensors")
+    with pytest.raises(InputError, match="is not the Edit of"):
+        judged(starless, edit=tmp_path / "other.safetensors")
+
+
+@pytest.mark.slow
+def test_the_honest_artifact_passes_on_twenty_seeds_far_within_every_limit(starless: Path) -> None:
+    report = judged(starless, count=40, steps=None)
+    assert report.verdict == "pass"
+    assert len({scene.seed for scene in report.scenes if scene.kind == "erased"}) == 20
+    assert len({scene.seed for scene in report.scenes if scene.kind == "kept"}) == 20
+    for it in report.checks:
+        if it.measured is None or it.limit is None:
+            continue
+        # How far the edit moves must be large, and so must the PSNR, whose double is 6 dB more.
+        if it.name == "edit-is-seen":
+            assert it.measured >= 2 * it.limit, it
+        elif it.name == "pictures":
+            assert it.measured >= it.limit + 20 * math.log10(2), it
+        else:
+            assert it.measured <= it.limit / 2, it

@@ -1,0 +1,57 @@
+"""The one table of limits, each with its reason. Distances are relative RMS."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from bakeout.validate.report.schema import Tolerance
+
+PARITY: Final = Tolerance(
+    name="parity",
+    limit=0.05,
+    reason="On prompts of what was erased the artifact may be away from the reference by a twentieth of what the edit "
+    "itself moves there; an artifact without the edit is away by all of it.",
+)
+COMPONENT: Final = Tolerance(
+    name="component-rounding",
+    limit=2e-5,
+    reason="Of a network's output in fp32. ONNX Runtime and eager PyTorch were at most 1.3e-6 apart on shapes, 2e-6 "
+    "at the size of Stable Diffusion 1.5; this is ten times as much, for other processors and deeper networks.",
+)
+STEP: Final = Tolerance(
+    name="step-rounding",
+    limit=1e-4,
+    reason="Of the latents after one whole step from the same latents. 5.4e-7 was the most on shapes; guidance and "
+    "scheduler multiply a network's rounding, at scale 7.5 by up to 15.",
+)
+DRIFT: Final = Tolerance(
+    name="drift",
+    limit=1e-3,
+    reason="Of the latents at the end, each model on its own path, where rounding adds up over all steps. 2e-6 was the "
+    "most on shapes in 20 steps; longer paths and larger models amplify more.",
+)
+FAR_STEP: Final = Tolerance(
+    name="far-step",
+    limit=5e-3,
+    reason="How far the base must be from the reference after some step to prove anything: a twentieth of it is "
+    "then more than rounding. On shapes it is 0.2.",
+)
+FAR: Final = Tolerance(
+    name="far",
+    limit=0.05,
+    reason="How far the base must end from the reference on at least half of a concept's prompts, or nothing can be "
+    "proved: a twentieth of it is then more than rounding. On shapes it is 0.9 and more.",
+)
+PSNR: Final = Tolerance(
+    name="psnr-db",
+    limit=48,
+    reason="Of a picture against the reference's, in dB: an RMS of one grey value of 255. On shapes the worst was 81.",
+)
+DISAGREEMENT: Final = Tolerance(
+    name="disagreement",
+    limit=0.02,
+    reason="Share of pictures on which a detector's verdict is another than on the reference's: none on shapes. "
+    "Pictures on the detector's edge may fall to either side by rounding.",
+)
+
+TABLE: Final = (PARITY, COMPONENT, STEP, DRIFT, FAR_STEP, FAR, PSNR, DISAGREEMENT)

@@ -1,0 +1,634 @@
+"""Validate an artifact: is what ships the base with the edit, to rounding, and far from the base where that matters?
+
+Three models draw from identical latents, all in fp32: the **base**, the **reference** (the base in eager PyTorch with
+the Edit as hooks) and the **artifact**, in each of its formats. The artifact is compared with the reference only.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib.util
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from bakeout import __version__
+from bakeout.editor.edit import Edit
+from bakeout.editor.errors import InputError
+from bakeout.editor.model import Model
+from bakeout.export.artifact import EDIT, RUNTIMES, Artifact
+from bakeout.export.manifest import MANIFEST, Manifest, file_digest, read_manifest
+from bakeout.generate import Request, complete, device_from_text, scheduler_for
+from bakeout.recipe import open_base, recommended_for
+from bakeout.validate.audit import (
+    OnnxFolder,
+    Parameter,
+    Read,
+    check_configuration,
+    check_weights,
+    names_of,
+    parameters,
+    weights_beside,
+)
+from bakeout.validate.contract import contract, run_network
+from bakeout.validate.erasure import Detector, detections, detector_of, trials_of
+from bakeout.validate.metrics import distances, relative_rms
+from bakeout.validate.parity import (
+    Expected,
+    check_components,
+    check_detector,
+    check_edit,
+    check_erased,
+    check_kept,
+    check_pictures,
+    component_parity,
+    curve,
+    drawn,
+    is_out_of_memory,
+    reason,
+)
+from bakeout.validate.reference import applied
+from bakeout.validate.report.schema import (
+    REPORT_VERSION,
+    Check,
+    Curve,
+    Detection,
+    Drawn,
+    Kind,
+    Report,
+    Scene,
+    TensorParity,
+    Verdict,
+    verdict_of,
+)
+from bakeout.validate.runners import Call, Settings, Trajectory, Trial, one_more, pixels_from_png, run, smaller
+from bakeout.validate.tolerances import TABLE
+
+if TYPE_CHECKING:
+    from bakeout.export.onnx_pipeline import SessionSettings
+
+Profile = Literal["quick", "release"]
+# Prompts that a profile draws, half of them with what was erased. With none of 300 detected, at most 1 % are, at 95 %
+# confidence (one-sided; the report's intervals have two sides).
+PROFILES: Mapping[str, int] = {"quick": 24, "release": 600}
+_RUNTIME_OF = {target: runtime for runtime, target in RUNTIMES.items()}
+# Of each kind, prompts whose every step is compared: more tell nothing new of a step.
+_TRACKED = 12
+# A batch has at most so many pixels, as one picture of Stable Diffusion 1.5, and so many pictures.
+_BATCH_PIXELS, _BATCH = 512 * 512, 12
+_TOOLS = ("diffusers", "numpy", "onnx", "onnxruntime", "onnxruntime-gpu", "torch", "transformers")
+_NEEDED = {"onnx": ("onnx", "onnxruntime")}
+_ORDER: Mapping[Verdict, int] = {"fail": 0, "unjudged": 1, "pass": 2}
+BASE, REFERENCE = "base", "reference"
+ERASED: Kind = "erased"
+KEPT: Kind = "kept"
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Trials of one kind. Of a tracked group every step is compared, also forced along the reference's path."""
+
+    kind: Kind
+    tracked: bool
+    trials: tuple[Trial, ...]
+
+
+@dataclass(frozen=True)
+class _Baseline:
+    """What a target is compared with.
+
+    Attributes:
+        settings: how was drawn.
+        scheduler: by its name, None for each model's own.
+        reference: of each group.
+        steps: of each kind, the base's distances after teacher-forced steps [steps, tracked trials].
+        final: of each kind, the base's distances at the end of free-running trajectories [trials].
+        expected: calls of networks.
+        verdicts: of the detector on the reference's pictures.
+    """
+
+    settings: Settings
+    scheduler: str | None
+    reference: list[Trajectory]
+    steps: Mapping[Kind, Tensor]
+    final: Mapping[Kind, Tensor]
+    expected: list[Expected]
+    verdicts: list[bool]
+
+
+def validate(
+    folder: str | os.PathLike[str],
+    *,
+    base: str | os.PathLike[str] | None = None,
+    edit: str | os.PathLike[str] | None = None,
+    profile: Profile | None = None,
+    targets: Sequence[str] | None = None,
+    prompts: str | os.PathLike[str] | None = None,
+    count: int | None = None,
+    seed: int = 0,
+    steps: int | None = None,
+    guidance: float | None = None,
+    scheduler: str | None = None,
+    sessions: SessionSettings | None = None,
+    device: str = "auto",
+    progress: Callable[[float], object] | None = None,
+) -> tuple[Report, dict[str, bytes]]:
+    """Validate the artifact in `folder`, also one whose files were changed.
+
+    Args:
+        folder: of the artifact.
+        base: the model that was edited; None opens it by the name in the manifest.
+        edit: the Edit's file, where the artifact was released without it.
+        profile: how many prompts, of `PROFILES`; None is that of the recipe.
+        targets: formats of the artifact; None is all of them.
+        prompts: a file of pairs, with what was erased and without, in place of the artifact's own prompts.
+        count: how many prompts, in place of the profile's.
+        seed: of the first prompt; the next ones count up.
+        steps: denoising steps; None is the model's.
+        guidance: scale of classifier-free guidance; None is the model's.
+        scheduler: as `bakeout.generate.SCHEDULERS` has it; None is each model's own.
+        sessions: of ONNX Runtime.
+        device: where base, reference and torch's targets run.
+        progress: called with the part, of one for the whole, that was just done.
+
+    Returns:
+        What was found, and the pictures by the names that the report gives them.
+
+    Raises:
+        InputError: what was given cannot be used: no manifest, another base or Edit, no such target, no prompts.
+    """
+    started = time.monotonic()
+    artifact = Artifact(Path(folder), read_manifest(Path(folder)))
+    profile = profile or _recorded_profile(artifact.manifest)
+    chosen = _chosen(artifact, targets)
+    _check_sessions(sessions)
+    count = PROFILES[profile] if count is None else count
+    if count < 2:
+        raise InputError(f"count is {count}: it must be 2 or more, for prompts with what was erased and without")
+    asked = Request(("",), seed=seed, count=count, steps=steps, guidance=guidance, scheduler=scheduler)
+    device = device_from_text(device)
+    model = open_base(artifact, base)
+    trials = trials_of(artifact.manifest, None if prompts is None else Path(prompts), count, seed)
+    own = _Validation(artifact, model, trials, device, sessions, detector_of(artifact.manifest))
+    baked = own.check_files(None if edit is None else Path(edit))
+    if baked is not None:
+        own.compare(baked, asked, chosen, progress or (lambda _: None))
+    return own.report(profile, time.monotonic() - started), own.pictures
+
+
+class _Validation:
+    """One validation: what it is of, and what was found so far."""
+
+    def __init__(
+        self, artifact: Artifact, model: Model, trials: Sequence[Trial], device: str,
+        sessions: SessionSettings | None, detector: Detector | None,
+    ) -> None:  # fmt: skip
+        self.artifact = artifact
+        self.model = model
+        self.interfaces = contract(model)
+        self.groups = _groups(trials)
+        self.device = device
+        self.sessions = _with_exact_products(sessions)
+        self.detector = detector
+        self.pictures: dict[str, bytes] = {}
+        self._settings: dict[str, Any] = {}
+        self._checks: list[Check] = []
+        self._tensors: list[TensorParity] = []
+        self._curves: list[Curve] = []
+        self._detections: list[Detection] = []
+        # Of each model its pictures, in the order of the trials.
+        self._drawn: dict[str, list[Drawn]] = {}
+
+    @property
+    def trials(self) -> list[Trial]:
+        """All of them, in the order of the groups."""
+        return [trial for group in self.groups for trial in group.trials]
+
+    def check_files(self, given: Path | None) -> Edit | None:
+        """Check the files, and return the Edit: that in a file, or the artifact's; None if its own was changed."""
+        fault = None
+        try:
+            self.artifact.verify()
+        except (InputError, OSError) as error:
+            fault = self._reason(error)
+        summary = "Every file is as the manifest says." if fault is None else f"A file is not as it was baked: {fault}."
+        self._say("files", None, "pass" if fault is None else "fail", summary)
+        if given is not None:
+            edit = Edit.load(given)
+            if edit.digest != self.artifact.manifest.edit:
+                raise InputError(f"{given} is not the Edit of {self.artifact.folder}; give that artifact's")
+        elif not (self.artifact.folder / EDIT).exists():
+            raise InputError(f"{self.artifact.folder} was released without its {EDIT}; give it with --edit")
+        else:
+            try:
+                edit = self.artifact.edit
+            except InputError as error:
+                self._say("edit", None, "unjudged", f"Without its Edit there is no reference: {self._reason(error)}.")
+                return None
+        # Prompts and claims go by the manifest, so a wrong concept there would be judged on the wrong prompts.
+        claimed = [it.model_dump() for it in self.artifact.manifest.edits]
+        agrees = claimed == [asdict(it) for it in edit.origins]
+        summary = f"The Edit {'is' if agrees else 'is not'} of the concepts and methods that the manifest names."
+        self._say("edit", None, "pass" if agrees else "fail", summary)
+        return edit
+
+    def compare(self, edit: Edit, asked: Request, targets: Sequence[str], progress: Callable[[float], object]) -> None:
+        """Audit the targets' files, then draw with all models and judge."""
+        targets = [target for target in targets if self._can_run(target)]
+        for target in targets:
+            self._audit(target, edit)
+        tracked = sum(len(group.trials) for group in self.groups if group.tracked)
+        drawings = (2 + len(targets)) * len(self.trials) + (1 + len(targets)) * tracked
+
+        def advance(pictures: float) -> None:
+            progress(pictures / drawings)
+
+        with _without_tf32():
+            try:
+                baseline = self._draw_baseline(edit, asked, advance)
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                self._say("reference", None, "unjudged", f"Memory is too short for the reference ({reason(error)}).")
+                return
+            _release()
+            # Nothing is near what is not finite, and that is not the targets' fault.
+            if not all(own.latents.isfinite().all() for own in baseline.reference):
+                return
+            for target in targets:
+                self._judge(target, baseline, advance)
+                _release()
+
+    def report(self, profile: Profile, seconds: float) -> Report:
+        """All that was found."""
+        manifest = self.artifact.manifest
+        checks = sorted(self._checks, key=lambda it: _ORDER[it.verdict])
+        return Report(
+            version=REPORT_VERSION,
+            verdict=verdict_of(checks),
+            artifact=self.artifact.folder.resolve().name,
+            manifest=file_digest(self.artifact.folder / MANIFEST),
+            base=manifest.base.name,
+            edit=manifest.edit,
+            erased=tuple(f"{it.concept} ({it.method})" for it in manifest.edits),
+            profile=profile,
+            settings=self._settings,
+            tools=_tools(),
+            checks=tuple(checks),
+            tensors=tuple(self._tensors),
+            curves=tuple(self._curves),
+            scenes=tuple(
+                Scene(
+                    prompt=trial.prompt, seed=trial.seed, kind=trial.kind,
+                    drawn={model: drawings[number] for model, drawings in self._drawn.items()},
+                )
+                for number, trial in enumerate(self.trials)
+                if self._drawn
+            ),
+            detections=tuple(self._detections),
+            detector=None if self.detector is None else self.detector.name,
+            tolerances=TABLE,
+            seconds=seconds,
+        )  # fmt: skip
+
+    def _can_run(self, target: str) -> bool:
+        missing = [name for name in _NEEDED.get(target, ()) if importlib.util.find_spec(name) is None]
+        if missing:
+            self._say("runs", target, "unjudged", f"{missing[0]} is not installed: run `pip install 'bakeout[cpu]'`.")
+        return not missing
+
+    def _audit(self, target: str, edit: Edit) -> None:
+        folder = self.artifact.folder / target
+        texts = [trial.prompt for trial in self.trials]
+        with self._finding("configuration", target):
+            self._checks.append(check_configuration(target, self.model, folder, texts))
+        with self._finding("weights", target), ExitStack() as stack:
+            names = self._names()
+            if target == "onnx":
+                graphs = OnnxFolder(folder, self.model)
+                self._checks.append(graphs.check_interface(target))
+                read: Read = partial(graphs.read, names)
+                beside = graphs.beside()
+            else:
+                read = stack.enter_context(parameters(self.artifact.model))
+                beside = weights_beside(self.artifact.model)
+            self._checks.append(check_weights(target, self.model, edit, names, read, beside))
+
+    def _names(self) -> dict[Parameter, str]:
+        """What the targets call each parameter of the base: as the artifact's diffusers folder does."""
+        names = names_of(self.model)
+        try:
+            own = names_of(self.artifact.model)
+        except InputError:
+            return names
+        return {place: own.get(place, name) for place, name in names.items()}
+
+    def _draw_baseline(self, edit: Edit, asked: Request, advance: Callable[[float], object]) -> _Baseline:
+        """Draw with base and reference, which are one pipeline."""
+        pipeline = self.model.pipeline(self.device, torch.float32)
+        settings = self._settings_of(pipeline, asked)
+        base = self._free(pipeline, settings, advance)
+        with applied(edit, self.model, pipeline):
+            reference = self._free(pipeline, settings, advance, capture=True)
+            answers = [
+                (group.kind, call, self._answer(pipeline, call))
+                for group, trajectory in zip(self.groups, reference, strict=True)
+                for call in (*trajectory.calls, *_in_other_shapes(trajectory.calls, pipeline))
+            ]
+        expected = [
+            Expected(kind, call, outputs, {name: relative_rms(value, outputs[name]) for name, value in own.items()})
+            for kind, call, outputs in answers
+            for own in [self._answer(pipeline, call)]
+        ]
+        forced = self._forced(pipeline, settings, reference, advance)
+        steps, final = self._apart(base, forced, reference)
+        self._add_curves(BASE, base, steps, reference)
+        self._add_pictures(BASE, base, reference)
+        self._add_pictures(REFERENCE, reference, None)
+        self._check_baseline(steps, final, reference)
+        self._detect(BASE)
+        return _Baseline(settings, asked.scheduler, reference, steps, final, expected, self._detect(REFERENCE))
+
+    def _judge(self, target: str, baseline: _Baseline, advance: Callable[[float], object]) -> None:
+        """Draw with a target, and compare."""
+        settings, reference = baseline.settings, baseline.reference
+        try:
+            pipeline = self._load(target)
+            if baseline.scheduler is not None:
+                pipeline.scheduler = scheduler_for(pipeline, baseline.scheduler)
+            rows = component_parity(target, pipeline, self.interfaces, baseline.expected)
+            self._tensors += rows
+            self._checks.append(check_components(target, rows))
+            free = self._free(pipeline, settings, advance)
+            _check_shapes(free, reference)
+            forced = self._forced(pipeline, settings, reference, advance)
+            steps, final = self._apart(free, forced, reference)
+        except Exception as error:  # noqa: BLE001 - whatever a broken artifact raises is a finding, and no end
+            short = is_out_of_memory(error)
+            said = self._reason(error)
+            told = f"Memory is too short for it ({said})." if short else f"It does not run: {said}."
+            self._say("runs", target, "unjudged" if short else "fail", told)
+            return
+        self._say("runs", target, "pass", f"It loads, and draws with {_RUNTIME_OF[target]}.")
+        self._checks += check_erased(
+            target, steps[ERASED], baseline.steps[ERASED], final[ERASED], baseline.final[ERASED]
+        )
+        if KEPT in final:
+            self._checks += check_kept(target, steps[KEPT], final[KEPT])
+        self._add_curves(target, free, steps, reference)
+        self._add_pictures(target, free, reference)
+        distinct = (_distinct(free), _distinct(reference))
+        self._checks.append(check_pictures(target, self._drawn[target], self._drawn[REFERENCE], distinct))
+        if baseline.verdicts:
+            self._checks.append(check_detector(target, self._detect(target), baseline.verdicts))
+
+    def _settings_of(self, pipeline: Any, asked: Request) -> Settings:
+        request = complete(asked, pipeline, recommended_for(self.artifact))
+        if request.steps is None or request.guidance is None or request.size is None:
+            raise TypeError("a completed request has all settings")
+        if request.scheduler is not None:
+            pipeline.scheduler = scheduler_for(pipeline, request.scheduler)
+        name = type(pipeline.scheduler).__name__
+        try:
+            pipeline.scheduler.set_timesteps(request.steps)
+        except (ValueError, IndexError) as error:
+            raise InputError(
+                f"{name} cannot draw in {request.steps} steps: take more steps or another scheduler"
+            ) from error
+        width, height = request.size
+        self._settings = {
+            "steps": request.steps,
+            "guidance": request.guidance,
+            "scheduler": name,
+            "size": [width, height],
+            "seeds": f"{request.seed} to {request.seed + len(self.trials) - 1}",
+            "negative_prompt": None,
+            "device": self.device,
+            "providers": list(self.sessions.providers) if self.sessions else ["CPUExecutionProvider"],
+        }
+        factor = pipeline.vae_scale_factor
+        latents = (pipeline.unet.config.in_channels, height // factor, width // factor)
+        batch = max(1, min(_BATCH, _BATCH_PIXELS // (width * height)))
+        return Settings(request.steps, request.guidance, (width, height), latents, batch)
+
+    def _load(self, target: str) -> Any:
+        runtime = _RUNTIME_OF[target]
+        if runtime == "torch":
+            return self.artifact.load(runtime, device=self.device, dtype=torch.float32)
+        return self.artifact.load(runtime, sessions=self.sessions)
+
+    def _free(
+        self, pipeline: Any, settings: Settings, advance: Callable[[float], object], *, capture: bool = False
+    ) -> list[Trajectory]:
+        return [
+            run(pipeline, group.trials, settings, every_step=group.tracked, capture=capture and group.tracked,
+                progress=advance)
+            for group in self.groups
+        ]  # fmt: skip
+
+    def _forced(
+        self, pipeline: Any, settings: Settings, reference: Sequence[Trajectory], advance: Callable[[float], object]
+    ) -> dict[Kind, Tensor]:
+        return {
+            group.kind: run(pipeline, group.trials, settings, forced=own.latents, progress=advance).latents
+            for group, own in zip(self.groups, reference, strict=True)
+            if group.tracked
+        }
+
+    def _answer(self, pipeline: Any, call: Call) -> dict[str, Tensor]:
+        return run_network(pipeline, call.network, self.interfaces[call.network], call.inputs)
+
+    def _apart(
+        self, free: Sequence[Trajectory], forced: Mapping[Kind, Tensor], reference: Sequence[Trajectory]
+    ) -> tuple[dict[Kind, Tensor], dict[Kind, Tensor]]:
+        """Of each kind, distances to the reference: after forced steps [steps, tracked trials], at the end [trials]."""
+        pairs = list(zip(self.groups, free, reference, strict=True))
+        steps = {
+            group.kind: distances(forced[group.kind], other.latents, 2) for group, _, other in pairs if group.tracked
+        }
+        final = {
+            kind: torch.cat(
+                [distances(own.latents[-1], other.latents[-1]) for group, own, other in pairs if group.kind == kind]
+            )
+            for kind in steps
+        }
+        return steps, final
+
+    def _add_curves(
+        self, model: str, free: Sequence[Trajectory], steps: Mapping[Kind, Tensor], reference: Sequence[Trajectory]
+    ) -> None:
+        for group, own, other in zip(self.groups, free, reference, strict=True):
+            if group.tracked:
+                apart = distances(own.latents, other.latents, 2)
+                self._curves.append(curve(model, group.kind, steps[group.kind], forced=True))
+                self._curves.append(curve(model, group.kind, apart, forced=False))
+
+    def _add_pictures(self, model: str, drawings: Sequence[Trajectory], reference: Sequence[Trajectory] | None) -> None:
+        digits = len(str(len(self.trials)))
+        pngs = _pictures(drawings)
+        others = _pictures(reference) if reference is not None else [None] * len(pngs)
+        problems = [problem for own in drawings for problem in own.problems]
+        seen = self.detector.look([pixels_from_png(png) for png in pngs]) if self.detector else [None] * len(pngs)
+        files = [f"pictures/{number:0{digits}}-{model}.png" for number in range(1, len(pngs) + 1)]
+        self.pictures |= dict(zip(files, pngs, strict=True))
+        self._drawn[model] = [drawn(*it) for it in zip(files, pngs, problems, seen, others, strict=True)]
+
+    def _detect(self, model: str) -> list[bool]:
+        """Add what the detector finds in a model's pictures, and return its verdicts; none without a detector."""
+        if self.detector is None:
+            return []
+        found, verdicts = detections(self.detector, model, self.trials, [str(it.seen) for it in self._drawn[model]])
+        self._detections += found
+        return verdicts
+
+    def _check_baseline(
+        self, steps: Mapping[Kind, Tensor], final: Mapping[Kind, Tensor], reference: Sequence[Trajectory]
+    ) -> None:
+        """Whether there is something to compare with, and something to see."""
+        erased = [trial.concept for trial in self.trials if trial.kind == ERASED]
+        tracked = [trial.concept for group in self.groups if group.tracked for trial in group.trials]
+        concepts = tracked[: steps[ERASED].shape[1]]
+        self._checks.append(check_edit(erased, steps[ERASED], final[ERASED], concepts))
+        if KEPT not in final:
+            self._say("kept-prompts", None, "unjudged", "There are no prompts without what was erased.")
+        odd = [it for it in self._drawn[REFERENCE] if it.problem]
+        same = len(self.trials) - _distinct(reference)
+        if odd:
+            self._say(
+                "reference-pictures", None, "unjudged",
+                f"{len(odd)} of the reference's pictures are no pictures, as {odd[0].file}: {odd[0].problem}.",
+            )  # fmt: skip
+        elif same:
+            self._say("reference-pictures", None, "unjudged", f"{same} of the reference's pictures repeat others.")
+        else:
+            self._say("reference-pictures", None, "pass", "All pictures of the reference are pictures, each another.")
+
+    @contextmanager
+    def _finding(self, name: str, target: str) -> Iterator[None]:
+        """What goes wrong inside is a failed check of that name."""
+        try:
+            yield
+        except Exception as error:  # noqa: BLE001 - whatever a broken file raises is a finding, and no end
+            short = is_out_of_memory(error)
+            self._say(name, target, "unjudged" if short else "fail", f"It cannot be checked: {self._reason(error)}.")
+
+    def _reason(self, error: Exception) -> str:
+        """An error in a line, without the folders of this machine."""
+        return reason(error).replace(f"{self.artifact.folder}{os.sep}", "").removesuffix(".")
+
+    def _say(self, name: str, target: str | None, verdict: Verdict, summary: str) -> None:
+        self._checks.append(Check(name=name, target=target, verdict=verdict, summary=summary))
+
+
+def _groups(trials: Sequence[Trial]) -> list[_Group]:
+    groups = []
+    for kind in (ERASED, KEPT):
+        own = tuple(trial for trial in trials if trial.kind == kind)
+        groups += [_Group(kind, True, own[:_TRACKED]), _Group(kind, False, own[_TRACKED:])]
+    return [group for group in groups if group.trials]
+
+
+def _in_other_shapes(calls: Sequence[Call], pipeline: Any) -> list[Call]:
+    """The first call of each network, in a larger batch and in a smaller one of another size."""
+    halvings = 2 ** (len(pipeline.unet.config.block_out_channels) - 1)
+    units = {"unet": halvings, "vae_encoder": halvings * pipeline.vae_scale_factor}
+    first = {call.network: call for call in reversed(calls)}
+    return [other for it in first.values() for other in (one_more(it), smaller(it, units.get(it.network, 1)))]
+
+
+def _recorded_profile(manifest: Manifest) -> Profile:
+    said = manifest.recipe.get("validation")
+    return "release" if isinstance(said, dict) and said.get("profile") == "release" else "quick"
+
+
+def _chosen(artifact: Artifact, targets: Sequence[str] | None) -> list[str]:
+    """The targets to validate, each once. Raises InputError for one that is not there, or that nobody can validate."""
+    there = artifact.manifest.targets
+    for target in targets or ():
+        if target not in there:
+            raise InputError(f"{artifact.folder} has no target {target!a:.50}; choose of {', '.join(there)}")
+    chosen = list(dict.fromkeys(targets or there))
+    for target in chosen:
+        if target not in _RUNTIME_OF:
+            raise InputError(
+                f"there is no way to draw with the target {target!a:.50}; choose of {', '.join(_RUNTIME_OF)}"
+            )
+    return chosen
+
+
+def _check_sessions(sessions: SessionSettings | None) -> None:
+    """Raise InputError for a provider that is not here: that is no fault of the artifact."""
+    if sessions is None or importlib.util.find_spec("onnxruntime") is None:
+        return
+    import onnxruntime
+
+    available = onnxruntime.get_available_providers()
+    for name in sessions.providers:
+        if name not in available:
+            raise InputError(f"this ONNX Runtime has no {name!a:.100}; choose from {', '.join(available)}")
+
+
+def _with_exact_products(sessions: SessionSettings | None) -> SessionSettings | None:
+    """The sessions without TF32, in which the CUDA provider multiplies unless told otherwise."""
+    cuda = "CUDAExecutionProvider"
+    if sessions is None or cuda not in sessions.providers:
+        return sessions
+    own = {"use_tf32": "0", **sessions.provider_options.get(cuda, {})}
+    return replace(sessions, provider_options={**sessions.provider_options, cuda: own})
+
+
+@contextmanager
+def _without_tf32() -> Iterator[None]:
+    """Products in whole fp32 inside: on a GPU cuDNN takes TF32 by itself, which is a thousand times coarser."""
+    backends: Any = torch.backends
+    convolutions, products = backends.cudnn.conv, backends.cuda.matmul
+    before = convolutions.fp32_precision, products.fp32_precision
+    convolutions.fp32_precision = products.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        convolutions.fp32_precision, products.fp32_precision = before
+
+
+def _release() -> None:
+    """Give back the memory of a pipeline that nobody holds any more."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _pictures(drawings: Sequence[Trajectory]) -> list[bytes]:
+    return [png for own in drawings for png in own.pictures]
+
+
+def _check_shapes(drawings: Sequence[Trajectory], reference: Sequence[Trajectory]) -> None:
+    """Raise ValueError if a model took another number of steps than the reference, or draws other latents."""
+    for own, other in zip(drawings, reference, strict=True):
+        if own.latents.shape != other.latents.shape:
+            raise ValueError(
+                f"its latents are {list(own.latents.shape)} where the reference's are {list(other.latents.shape)}: "
+                "steps, prompts, channels, height, width"
+            )
+
+
+def _distinct(drawings: Sequence[Trajectory]) -> int:
+    """How many different pictures there are; the same pixels give the same PNG."""
+    return len(set(_pictures(drawings)))
+
+
+def _tools() -> dict[str, str]:
+    found = {"bakeout": __version__, "python": platform.python_version()}
+    for name in _TOOLS:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
