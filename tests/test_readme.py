@@ -31,31 +31,44 @@ def test_the_make_targets_exist(root, name):
     assert all(command[0] == "make" and command[1] in make_targets(root) for command in shown)
 
 
+def pages(root: Path) -> list[Path]:
+    """README first: it makes what the other pages use."""
+    return [root / "README.md", *sorted((root / "docs").glob("*.md"))]
+
+
+def commands(text: str) -> list[str]:
+    """What is shown at a prompt, and what a CI system is shown to run."""
+    return re.findall(r"^(?:\$ |\s+script: )(.+)$", text, re.MULTILINE)
+
+
 def test_every_block_is_of_a_tested_kind(root):
-    text = (root / "README.md").read_text(encoding="utf-8")
-    assert set(re.findall(r"^```(\w*)$", text, re.MULTILINE)) == {"", "sh", "console", "python"}
+    for page in pages(root):
+        text = page.read_text(encoding="utf-8")
+        assert set(re.findall(r"^```(\w*)$", text, re.MULTILINE)) <= {"", "sh", "console", "python", "yaml"}, page
+        # `make` is shown with `sh`, and nothing runs that no test runs.
+        assert all(line.startswith("make ") for block in blocks(text, "sh") for line in block.splitlines()), page
+        assert all(line.startswith("$ ") for block in blocks(text, "console") for line in block.splitlines()), page
 
 
-def test_the_commands_and_programs_of_the_readme_run(root, tmp_path, monkeypatch):
-    text = (root / "README.md").read_text(encoding="utf-8")
-    lines = [line for block in blocks(text, "console") for line in block.splitlines() if line.startswith("$ ")]
-    assert lines
+@pytest.mark.slow
+def test_the_commands_and_programs_of_readme_and_docs_run(root, tmp_path, monkeypatch):
     path = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
-    for line in lines:
-        done = subprocess.run(
-            shlex.split(line[2:]),
-            cwd=tmp_path,
-            env=os.environ | {"PATH": path},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert (done.returncode, done.stderr) == (0, ""), line
+    for page in pages(root):
+        text = page.read_text(encoding="utf-8")
+        assert commands(text) or page.name != "README.md"
+        for line in commands(text):
+            done = subprocess.run(
+                shlex.split(line), cwd=tmp_path, env=os.environ | {"PATH": path}, capture_output=True, text=True,
+                check=False,
+            )  # fmt: skip
+            assert (done.returncode, done.stderr) == (0, ""), line
     assert len(list((tmp_path / "more").glob("*.png"))) == 6
     assert (tmp_path / "shares.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "erased" / "1-0-compared.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "starless-validation" / "report.html").is_file()
 
     monkeypatch.chdir(tmp_path)
-    programs = blocks(text, "python")
+    programs = blocks((root / "README.md").read_text(encoding="utf-8"), "python")
     assert programs
     for program in programs:
         names = {}
@@ -63,3 +76,4 @@ def test_the_commands_and_programs_of_the_readme_run(root, tmp_path, monkeypatch
         assert names["picture"].size == (64, 64)
         darkest, brightest = names["picture"].convert("L").getextrema()
         assert darkest < brightest
+    assert names["report"].verdict == "pass"

@@ -1,51 +1,97 @@
-"""Draw a few pictures with the built-in model and let its own detector say what they show."""
+"""The main job on the built-in model: erase an object and a style, bake, export, run, validate."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import textwrap
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from PIL import Image
+from bakeout.artifact import Artifact
+from bakeout.editor.errors import InputError
+from bakeout.recipe import Recipe
 
-from bakeout.builtin.shapes import load_detector
-from bakeout.builtin.shapes.scenes import Scene, prompt
-from bakeout.editor.model import open_model
-from bakeout.generate import Request, complete, draw_to_folder, recommended_settings, reserve
+if TYPE_CHECKING:
+    from bakeout.validate.report.schema import Report, Scene
 
-SCENES = (
-    Scene("circle", "red", "plain", "grass"),
-    Scene("star", "yellow", "striped", "night"),
-    Scene("heart", "pink", "dotted", "snow"),
-    Scene("ring", "blue", "checkered", "sand"),
-)
+RECIPE = """\
+# What `bakeout demo` erases from the built-in model: an object and a style.
+version = 1
+model = "shapes"
+targets = ["diffusers", "onnx"]
+
+[[edits]]
+method = "conceptprune"
+concept = "star"
+prompts = { pack = "shapes-object" }
+settings = { sparsity = 0.05 }
+
+[[edits]]
+method = "conceptprune"
+concept = "striped"
+prompts = { pack = "shapes-style" }
+settings = { sparsity = 0.05 }
+"""
+COUNT = 24
+# Of `bake`'s progress: two edits and one target.
+BAKES = 3
+# Scenes in the picture: of each kind, and how the models' rows are called.
+_SHOWN = 4
+_ROWS = {"base": "shapes", "reference": "erased,\nPyTorch hooks", "onnx": "erased,\nONNX Runtime"}
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """What a picture was to show, and what the detector saw; both by attribute: object, colour, style, background."""
+def bake(folder: Path, progress: Callable[[float], object] | None = None) -> Artifact:
+    """Write `recipe.toml` into `folder` and bake it to `shapes-erased/`, over an earlier run's.
 
-    prompt: str
-    wanted: Mapping[str, str]
-    seen: Mapping[str, str]
+    Raises:
+        InputError: the folder cannot be written, or holds an artifact with somebody else's files in it.
+    """
+    recipe = folder / "recipe.toml"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        recipe.write_text(RECIPE, encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"cannot write to {folder} ({error.strerror}): choose another folder with -o") from error
+    return Recipe.load(recipe).bake(folder / "shapes-erased", force=True, device="cpu", progress=progress)
 
 
-def run(folder: Path, progress: Callable[[float], object] | None = None) -> list[Verdict]:
-    """Draw `SCENES` into `folder`, over an earlier run's pictures, and judge them.
+def judge(artifact: Artifact, folder: Path, progress: Callable[[float], object] | None = None) -> Report:
+    """Validate the ONNX graphs on `COUNT` prompts, with the report in `folder/report/`, and draw `folder/demo.png`.
 
     Raises:
         InputError: the folder cannot be written.
     """
-    model = open_model("shapes")
-    request = Request(tuple(prompt(scene) for scene in SCENES))
-    reserve(folder, request, force=True)
-    # Its weights are stored in half precision, which a CPU computes slowly.
-    pipeline = model.pipeline(dtype=torch.float32)
-    request = complete(request, pipeline, recommended_settings(model))
-    entries = draw_to_folder(
-        pipeline, request, folder, {"model": "shapes", "device": "cpu", "dtype": "torch.float32"}, progress
-    )
-    pictures = [Image.open(folder / entry["file"]).convert("RGB") for entry in entries]
-    seen = load_detector().classify(pictures)
-    return [Verdict(prompt(scene), scene.labels, verdict) for scene, verdict in zip(SCENES, seen, strict=True)]
+    home = folder / "report"
+    report = artifact.validate(home, targets=["onnx"], count=COUNT, device="cpu", progress=progress)
+    scenes = [scene for kind in ("erased", "kept") for scene in _of_kind(report, kind)]
+    if scenes:
+        write_picture(scenes, home, folder / "demo.png")
+    return report
+
+
+def write_picture(scenes: list[Scene], home: Path, path: Path) -> None:
+    """Draw the scenes of the report in `home` side by side, a row for each model. Raises OSError."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from PIL import Image
+
+    figure = Figure(figsize=(1.35 * len(scenes) + 0.6, 5.0), dpi=100, layout="constrained")
+    FigureCanvasAgg(figure)
+    for row, axes_of_row in enumerate(figure.subplots(len(_ROWS), len(scenes), squeeze=False)):
+        model, label = list(_ROWS.items())[row]
+        axes_of_row[0].set_ylabel(label, fontsize=9)
+        for axes, scene in zip(axes_of_row, scenes, strict=True):
+            axes.set(xticks=[], yticks=[])
+            if row == 0:
+                axes.set_title("\n".join(textwrap.wrap(scene.prompt, 16)), fontsize=8, parse_math=False)
+            if model in scene.drawn:
+                with Image.open(home / scene.drawn[model].file) as picture:
+                    axes.imshow(picture, interpolation="nearest")
+    # Without the version of matplotlib, so that the same pictures give the same bytes.
+    figure.savefig(path, metadata={"Software": None})
+
+
+def _of_kind(report: Report, kind: str) -> list[Scene]:
+    scenes = [scene for scene in report.scenes if scene.kind == kind]
+    # Spread, so that every concept is among them.
+    return scenes[:: max(1, len(scenes) // _SHOWN)][:_SHOWN]
