@@ -140,6 +140,13 @@ def stage_alone(stage: str, folder: Path, graph: str, work: Path, side: int) -> 
     return {"seconds": time.perf_counter() - started, "peak_gb": peak, **more}
 
 
+def _cell(found: Mapping[str, Any], time_of: str) -> str:
+    """Seconds and GB, or why there are none."""
+    if time_of in found:
+        return f"{found[time_of]:.0f}, {found['peak_gb']:.1f}"
+    return " ".join(found.get("failed", ["not run"]))
+
+
 def table(rows: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
     """The measurements as Markdown."""
     head = ("graph", "ours: s, GB", "torch.onnx.export: s, GB", "ours / theirs: time, memory",
@@ -147,15 +154,11 @@ def table(rows: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for graph, found in rows.items():
         own, other, ran = found["ours"], found.get("theirs", {}), found["run"]
-        cells = [graph, f"{own['seconds']:.0f}, {own['peak_gb']:.1f}"]
-        if "seconds" in other:
-            cells += [
-                f"{other['seconds']:.0f}, {other['peak_gb']:.1f}",
-                f"{own['seconds'] / other['seconds']:.2f}, {own['peak_gb'] / other['peak_gb']:.2f}",
-            ]
-        else:
-            cells += [" ".join(other.get("failed", ["not run"])), ""]
-        cells += [f"{ran['load']:.0f}, {ran['peak_gb']:.1f}", f"{ran['relative_rms']:.1e}"]
+        ratio = ""
+        if "seconds" in own and "seconds" in other:
+            ratio = f"{own['seconds'] / other['seconds']:.2f}, {own['peak_gb'] / other['peak_gb']:.2f}"
+        distance = f"{ran['relative_rms']:.1e}" if "relative_rms" in ran else ""
+        cells = [graph, _cell(own, "seconds"), _cell(other, "seconds"), ratio, _cell(ran, "load"), distance]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

@@ -153,7 +153,14 @@ class Artifact:
 
         return load_onnx_pipeline(self.folder / target, sessions)
 
-    def export(self, target: str, *, force: bool = False, progress: Callable[[float], object] | None = None) -> Self:
+    def export(
+        self,
+        target: str,
+        *,
+        force: bool = False,
+        progress: Callable[[float], object] | None = None,
+        started: Callable[[str], object] | None = None,
+    ) -> Self:
         """Add a target, made from `diffusers/`, after every byte of the artifact that stays was checked.
 
         The artifact is whole at every moment, with the target or without: it is made anew beside itself, of hard links
@@ -164,6 +171,7 @@ class Artifact:
             target: `onnx`.
             force: replace the target where the artifact has it, whole or not.
             progress: called with the part, of one for the whole, that was just written.
+            started: called with the name of each graph, before it is traced.
 
         Returns:
             The artifact with the target, opened.
@@ -187,7 +195,7 @@ class Artifact:
                 current.verify(but=replaced)
                 _check_room(place.new, self.folder, exporter.size_of_onnx(current.model))
                 current._link_into(place.new, leave_out=target)
-                manifest = _with_onnx(place.new, current.manifest, progress)
+                manifest = _with_onnx(place.new, current.manifest, progress, started)
                 write_synced(place.new / MANIFEST, [manifest.to_json()])
                 place.finish()
                 _mark_stale(folder, target)
@@ -365,10 +373,15 @@ def _onnx_exporter() -> ModuleType:
     return onnx
 
 
-def _with_onnx(new: Path, manifest: Manifest, progress: Callable[[float], object] | None) -> Manifest:
+def _with_onnx(
+    new: Path,
+    manifest: Manifest,
+    progress: Callable[[float], object] | None,
+    started: Callable[[str], object] | None = None,
+) -> Manifest:
     """Write `onnx/` from the diffusers folder beside it; the manifest with it."""
     exporter = _onnx_exporter()
-    exporter.write_onnx(open_model(new / DIFFUSERS), new / ONNX, progress)
+    exporter.write_onnx(open_model(new / DIFFUSERS), new / ONNX, progress, started)
     how = Onnx(opset=exporter.OPSET, precision="fp32", tools={name: version(name) for name in _EXPORT_TOOLS})
     others = {name: file for name, file in manifest.files.items() if not name.startswith(f"{ONNX}/")}
     return manifest.model_copy(update={"targets": TARGETS, "files": {**others, **_files(new, ONNX)}, "onnx": how})

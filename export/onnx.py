@@ -150,13 +150,19 @@ class _VaeDecoder(Module):
         return self.network.decode(latent_sample, return_dict=False)  # type: ignore[no-any-return]
 
 
-def write_onnx(model: Model, folder: Path, progress: Callable[[float], object] | None = None) -> None:
+def write_onnx(
+    model: Model,
+    folder: Path,
+    progress: Callable[[float], object] | None = None,
+    started: Callable[[str], object] | None = None,
+) -> None:
     """Write the ONNX folder of `model`: networks, scheduler and tokenizers, every file flushed to the disk.
 
     Args:
         model: to write; its weights are read tensor by tensor.
         folder: is made; must not exist.
         progress: called with the part, of one for the whole, that was just written.
+        started: called with the name of each graph, before it is traced.
 
     Raises:
         InputError: a network has an operator or a parameter that cannot be exported, or a file of the model changed
@@ -167,6 +173,8 @@ def write_onnx(model: Model, folder: Path, progress: Callable[[float], object] |
     used: dict[str, set[str]] = {name: set() for name in model.components}
     size = size_of_onnx(model)
     for graph in graphs_of(model):
+        if started is not None:
+            started(graph.name)
         home = folder / graph.name
         home.mkdir()
         write_synced(home / "config.json", [as_json(graph.config)])

@@ -56,6 +56,8 @@ class Workplace:
         sync_folders(self.new)
         self.check()
         if self.folder.exists():
+            # Whoever could not look into it before cannot now.
+            shutil.copymode(self.folder, self.new)
             self.folder.replace(place / "old")
         try:
             self.new.replace(self.folder)

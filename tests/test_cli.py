@@ -220,14 +220,17 @@ def test_pictures_of_nothing_are_warned_of(tiny_model, tmp_path, monkeypatch):
 
 
 def test_the_progress_bar_is_for_terminals_only(capsys, monkeypatch):
-    def bar() -> str:
-        with cli._progress_bar(2) as progress:
-            progress(0.5)
+    def shown() -> str:
+        with cli._progress_bar(2) as bar:
+            bar.set_postfix_str("the unet")
+            bar.update(0.5)
         return capsys.readouterr().err
 
-    assert bar() == ""
+    assert shown() == ""
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    assert "drawing" in bar()
+    text = shown()
+    assert "drawing" in text
+    assert "the unet" in text
 
 
 def test_inspect_shows_components_and_sites(tiny_model):

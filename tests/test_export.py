@@ -80,7 +80,7 @@ def test_what_cannot_be_exported_is_exit_2(
 
 
 def test_a_recipe_bakes_its_targets(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def write(model: Any, folder: Path, progress: Any) -> None:
+    def write(model: Any, folder: Path, progress: Any, _started: Any) -> None:
         assert model.path.name == "diffusers"
         folder.mkdir()
         (folder / "model_index.json").touch()

@@ -223,11 +223,11 @@ def generate(
     pipeline = chosen.load(opened)
     request = generation.complete(request, pipeline, recommended_for(opened))
     facts = {"model": Path(model).name if Path(model).exists() else model, **chosen.facts}
-    with _progress_bar(len(request.pictures) * (3 if comparison else 1)) as progress:
-        entries = generation.draw_to_folder(pipeline, request, folder, facts, progress)
+    with _progress_bar(len(request.pictures) * (3 if comparison else 1)) as bar:
+        entries = generation.draw_to_folder(pipeline, request, folder, facts, bar.update)
         if comparison:
             del pipeline  # two large models at a time may not fit into memory
-            comparison.write(request, folder, chosen, progress)
+            comparison.write(request, folder, chosen, bar.update)
     for problem in sorted({entry["problem"] for entry in entries if entry["problem"]}):
         files = [entry["file"] for entry in entries if entry["problem"] == problem]
         click.echo(
@@ -302,8 +302,8 @@ def bake(recipe: Path, folder: Path, force: bool, device: str, dtype: str) -> No
     _quieten_libraries()
     loaded = Recipe.load(recipe)
     steps = len(loaded.edits) + len(loaded.targets) - 1
-    with _own_warnings(), _progress_bar(steps, "baking") as progress:
-        artifact = loaded.bake(folder, force=force, device=device, dtype=dtype, progress=progress)
+    with _own_warnings(), _progress_bar(steps, "baking") as bar:
+        artifact = loaded.bake(folder, force=force, device=device, dtype=dtype, progress=bar.update)
     click.echo(describe_artifact(artifact))
     click.echo("".join(f"\n{note}" for note in artifact.notes))
     click.echo(f"The artifact is {folder}; diffusers' from_pretrained loads {folder / 'diffusers'}")
@@ -333,9 +333,9 @@ def export(folder: Path, target: str, force: bool) -> None:
     from bakeout.export.artifact import Artifact
 
     _quieten_libraries()
-    with _own_warnings(), _progress_bar(1, "exporting") as progress:
+    with _own_warnings(), _progress_bar(1, "exporting") as bar:
         opened = Artifact.open(folder, but=target if force else None)
-        artifact = opened.export(target, force=force, progress=progress)
+        artifact = opened.export(target, force=force, progress=bar.update, started=bar.set_postfix_str)
     size = sum(file.bytes for name, file in artifact.manifest.files.items() if name.startswith(f"{target}/"))
     click.echo(f"{folder / target} is written ({size / 1e6:,.0f} MB): draw with bakeout generate {folder}")
 
@@ -452,9 +452,9 @@ def validate(
         from bakeout.export.onnx_pipeline import SessionSettings
 
         sessions = SessionSettings(providers or SessionSettings().providers, threads=threads)
-    with _own_warnings(), _progress_bar(1, "validating") as progress:
+    with _own_warnings(), _progress_bar(1, "validating") as bar:
         report = validate_folder(
-            folder, output, targets=targets or None, sessions=sessions, progress=progress, **options
+            folder, output, targets=targets or None, sessions=sessions, progress=bar.update, **options
         )
     click.echo(describe_report(report))
     click.echo(f"\nThe report is {report_folder(folder, output) / 'report.html'}")
@@ -483,10 +483,10 @@ def demo(folder: Path) -> None:
 
     _quieten_libraries()
     with _own_warnings():
-        with _progress_bar(demonstration.BAKES, "baking") as progress:
-            artifact = demonstration.bake(folder, progress)
-        with _progress_bar(1, "validating") as progress:
-            report = demonstration.judge(artifact, folder, progress)
+        with _progress_bar(demonstration.BAKES, "baking") as bar:
+            artifact = demonstration.bake(folder, bar.update)
+        with _progress_bar(1, "validating") as bar:
+            report = demonstration.judge(artifact, folder, bar.update)
     click.echo(describe_report(report))
     click.echo(f"\nSide by side: {folder / 'demo.png'}\nThe report: {folder / 'report' / 'report.html'}")
     click.get_current_context().exit(_EXITS[report.verdict])
@@ -529,14 +529,14 @@ def _own_warnings() -> Iterator[None]:
 
 
 @contextmanager
-def _progress_bar(total: int, doing: str = "drawing") -> Iterator[Callable[[float], object]]:
-    """A bar on a terminal, nothing elsewhere; its `update` takes fractions of one of `total`."""
+def _progress_bar(total: int, doing: str = "drawing") -> Iterator[Any]:
+    """A tqdm bar on a terminal, nothing elsewhere; its `update` takes fractions of one of `total`."""
     from tqdm import tqdm
 
     with tqdm(
         total=total,
         disable=not sys.stderr.isatty(),
         leave=False,
-        bar_format=f"{doing} {{percentage:3.0f}}% |{{bar}}| {{elapsed}} < {{remaining}}",
+        bar_format=f"{doing} {{percentage:3.0f}}% |{{bar}}| {{elapsed}} < {{remaining}}{{postfix}}",
     ) as bar:
-        yield bar.update
+        yield bar

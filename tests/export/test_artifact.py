@@ -443,17 +443,24 @@ def test_a_base_of_a_single_file_bakes(single_files: Any, tiny_configs: None, tm
     assert said["base"]["name"] == "sd1.safetensors"
 
 
-Written = Callable[[Model, Path, Callable[[float], object] | None], None]
+Written = Callable[..., None]
 
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> Callable[[Written], None]:
     """Puts something in the place of `write_onnx`; by default a folder of two files, of the model's own bytes."""
 
-    def write(model: Model, folder: Path, progress: Callable[[float], object] | None = None) -> None:
+    def write(
+        model: Model,
+        folder: Path,
+        progress: Callable[[float], object] | None = None,
+        started: Callable[[str], object] | None = None,
+    ) -> None:
         (folder / "unet").mkdir(parents=True)
         (folder / "unet" / "model.onnx").write_bytes(model.components["unet"].files[0].read_bytes()[::-1])
         (folder / "model_index.json").write_text("{}")
+        if started is not None:
+            started("unet")
         if progress is not None:
             progress(1.0)
 
@@ -512,8 +519,9 @@ def test_without_its_edit_it_is_exported_too(copy: Path, quick: Any) -> None:
 
 def test_a_target_is_replaced_only_when_told(copy: Path, quick: Any) -> None:
     done: list[float] = []
-    artifact = Artifact.open(copy).export("onnx", progress=done.append)
-    assert done == [1.0]
+    begun: list[str] = []
+    artifact = Artifact.open(copy).export("onnx", progress=done.append, started=begun.append)
+    assert (done, begun) == ([1.0], ["unet"])
     before = content(copy)
     with pytest.raises(InputError, match=r"has onnx/ already; replace it with --force"):
         artifact.export("onnx")
@@ -607,7 +615,7 @@ def test_an_artifact_with_something_else_in_it_is_not_exported(copy: Path, quick
 def test_an_export_that_fails_leaves_the_artifact_as_it_was(
     copy: Path, tmp_path: Path, quick: Any, error: BaseException
 ) -> None:
-    def fail(_: Model, folder: Path, __: object = None) -> None:
+    def fail(_: Model, folder: Path, *_more: object) -> None:
         folder.mkdir()
         (folder / "model_index.json").touch()
         raise error

@@ -242,7 +242,9 @@ def test_a_large_graph_has_its_weights_beside_it_and_all_else_is_the_same(
     unet = sum(module._bytes(model.components["unet"], it) for it in model.components["unet"].locations)
     monkeypatch.setattr(module, "_MAX_INLINE", unet - 1)
     done: list[float] = []
-    write_onnx(model, tmp_path / "large", done.append)
+    begun: list[str] = []
+    write_onnx(model, tmp_path / "large", done.append, begun.append)
+    assert begun == ["text_encoder", "unet", "vae_encoder", "vae_decoder"]
     before, after = digests(folder), digests(tmp_path / "large")
     assert after.keys() - before.keys() == {"unet/model.onnx_data"}
     assert {name for name, digest in before.items() if after[name] != digest} == {"unet/model.onnx"}

@@ -263,6 +263,17 @@ def locks(monkeypatch: pytest.MonkeyPatch) -> list[Callable[[int], None]]:
     return before
 
 
+@pytest.mark.skipif(os.name == "nt", reason="has no modes of folders")
+def test_who_may_look_into_a_folder_stays_when_it_is_replaced(tmp_path: Path) -> None:
+    for text in ("one", "two"):
+        with workplace(tmp_path / "made", ours, force=True) as place:
+            fill(place, text)
+        if text == "one":
+            (tmp_path / "made").chmod(0o700)
+    assert (tmp_path / "made" / "a").read_text() == "two"
+    assert stat.S_IMODE((tmp_path / "made").stat().st_mode) == 0o700
+
+
 def test_what_is_locked_is_a_file_open_for_writing(tmp_path: Path, locks: list[Callable[[int], None]]) -> None:
     import fcntl
 
