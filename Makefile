@@ -5,6 +5,8 @@ PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3
 EXTRA ?= cpu
 VENV := .venv
 RUN := $(VENV)/bin/python -m
+# One process a core, and all tests of a file in one: they share what is slow to make.
+SPREAD := --numprocesses logical --dist loadfile
 INSTALL := $(RUN) pip install --disable-pip-version-check --progress-bar off --constraint constraints.txt
 INSTALLED := $(VENV)/installed
 
@@ -14,10 +16,10 @@ demo: $(INSTALLED)
 	$(RUN) bakeout demo -o demo
 
 test: $(INSTALLED)
-	$(RUN) pytest
+	$(RUN) pytest $(SPREAD)
 
 slow: $(INSTALLED)
-	$(RUN) pytest -m slow
+	$(RUN) pytest $(SPREAD) -m slow
 
 lint: $(INSTALLED)
 	$(RUN) ruff check
