@@ -6,7 +6,10 @@ theirs. torch, diffusers and transformers are imported when a function is called
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
+from copy import deepcopy
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from bakeout.editor.errors import InputError
@@ -67,12 +70,20 @@ def describe(
     """
     _check_depth(config, where, stored)
     try:
-        module = build(class_name, config)
+        shapes, effective = _described(class_name, json.dumps(dict(config), sort_keys=True))
     except Exception as error:  # noqa: BLE001 - a constructor raises anything on values that it was not written for
         reason = str(error).strip().split("\n")[0]
         raise InputError(
             f"{where} does not describe a working {class_name} ({type(error).__name__}: {reason:.200}); {SUPPORTED}"
         ) from None
+    return dict(shapes), deepcopy(effective)
+
+
+# A validation opens the same few configurations again and again, and building a large UNet takes a second.
+@lru_cache(maxsize=32)
+def _described(class_name: str, config: str) -> tuple[dict[str, tuple[int, ...]], dict[str, Any]]:
+    """As `describe`, of a configuration in JSON; the caller must not change what it gets."""
+    module = build(class_name, json.loads(config))
     effective: Any = module.config
     return (
         {name: tuple(value.shape) for name, value in module.state_dict().items()},

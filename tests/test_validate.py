@@ -162,7 +162,8 @@ def test_what_cannot_be_used_is_exit_2(tmp_path):
 def test_options_reach_the_validation(folder, found, tmp_path):
     words = (
         f"validate {folder} --base b --edit e --profile release --target onnx --target diffusers --prompts p --count 6"
-        " --seed 3 --steps 4 --guidance 2.5 --scheduler euler --device cpu --provider CPUExecutionProvider --threads 2"
+        " --seed 3 --steps 4 --guidance 2.5 --size 64x48 --scheduler euler --device cpu"
+        " --provider CPUExecutionProvider --threads 2"
     )
     assert CliRunner().invoke(main, words.split()).exit_code == 0
     asked = found["asked"]
@@ -171,7 +172,7 @@ def test_options_reach_the_validation(folder, found, tmp_path):
     assert callable(asked.pop("progress"))
     assert asked == {
         "base": "b", "edit": Path("e"), "profile": "release", "targets": ("onnx", "diffusers"), "prompts": Path("p"),
-        "count": 6, "seed": 3, "steps": 4, "guidance": 2.5, "scheduler": "euler", "device": "cpu",
+        "count": 6, "seed": 3, "steps": 4, "guidance": 2.5, "size": (64, 48), "scheduler": "euler", "device": "cpu",
     }  # fmt: skip
     CliRunner().invoke(main, ["validate", str(folder)])
     assert found["asked"]["sessions"] is None

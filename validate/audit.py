@@ -101,7 +101,7 @@ def check_weights(
             if _edited(read_base, names, component, module, operations)[1].any():
                 faults.append(f"{component} {module} has no bias to hold what the edit adds")
     if faults:
-        summary = f"Not what the base and the edit give: {_told(faults)}."
+        summary = f"Its weights are not what the base and the edit give: {_told(faults)}."
         return _check("weights", target, "fail", summary, wrong)
     if uncovered:
         return _check(
@@ -298,7 +298,8 @@ class OnnxFolder:
             )
         ]
         if faults:
-            return _check("interface", target, "fail", f"Not the directory contract's: {_told(faults)}.")
+            summary = f"Its inputs and outputs are not those of the directory contract: {_told(faults)}."
+            return _check("interface", target, "fail", summary)
         count = sum(len(it.inputs) + len(it.outputs) for it in interfaces.values())
         summary = f"All {count} inputs and outputs are those of the directory contract."
         return _check("interface", target, "pass", summary)
@@ -325,7 +326,7 @@ def check_configuration(target: str, base: Model, folder: Path, texts: Sequence[
         ),
     ]
     if faults:
-        return _check("configuration", target, "fail", f"Not configured as the base: {_told(faults)}.")
+        return _check("configuration", target, "fail", f"It is not configured as the base: {_told(faults)}.")
     summary = (
         f"Scheduler, networks and tokenizers (on {len(texts) + len(ODD_TEXTS)} texts) are configured as the base's."
     )

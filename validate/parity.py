@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
+from bakeout.editor.errors import InputError
 from bakeout.validate.contract import Interface, run_network
 from bakeout.validate.metrics import (
     finite,
@@ -19,13 +20,18 @@ from bakeout.validate.metrics import (
     ssim,
     worst_element,
 )
-from bakeout.validate.report.schema import Check, Curve, Drawn, Kind, TensorParity
+from bakeout.validate.report.schema import Check, Curve, Detection, Drawn, Kind, TensorParity
 from bakeout.validate.runners import Call, pixels_from_png
 from bakeout.validate.stats import disagreements
-from bakeout.validate.tolerances import COMPONENT, DISAGREEMENT, DRIFT, FAR, FAR_STEP, PARITY, PSNR, STEP
+from bakeout.validate.tolerances import COMPONENT, DISAGREEMENT, DRIFT, FAR, FAR_STEP, PARITY, PSNR, STEP, VAE
 
 # Letters of an error that a report holds.
 _MESSAGE = 300
+# What torch, CUDA, ONNX Runtime and C++ say, in small letters. A shorter word could be in the name of a folder.
+_NO_MEMORY = (
+    "out of memory", "not enough memory", "can't allocate memory", "cannot allocate memory",
+    "failed to allocate memory", "storage size calculation overflowed", "bad_alloc", "bad allocation", "_alloc_failed",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -69,7 +75,8 @@ def _row(target: str, expected: Expected, name: str, found: Tensor | None, faile
     return TensorParity(
         target=target, component=expected.call.network, output=name, kind=expected.kind, call=expected.call.when,
         shape=tuple(wanted.shape), relative_rms=finite(apart), sqnr_db=sqnr_db(apart),
-        base_relative_rms=finite(expected.base[name]), limit=COMPONENT.limit, worst=worst, problem=problem,
+        base_relative_rms=finite(expected.base[name]), limit=_limit(expected.call.network), worst=worst,
+        problem=problem,
     )  # fmt: skip
 
 
@@ -84,12 +91,16 @@ def check_components(target: str, rows: Sequence[TensorParity]) -> Check:
     odd = [row for row in rows if row.problem is not None]
     if odd:
         summary = (
-            f"{len(odd)} of {len(rows)} outputs of networks cannot be compared, as {_place(odd[0])}: {odd[0].problem}."
+            f"{len(odd)} of {len(rows)} outputs of networks cannot be compared, the first of them {_place(odd[0])}: "
+            f"{odd[0].problem}."
         )
-        return Check(name="components", target=target, verdict="fail", summary=summary, limit=COMPONENT.limit)
-    worst = max(rows, key=lambda row: math.inf if row.relative_rms is None else row.relative_rms)
-    summary = f"Of {len(rows)} outputs of networks {_place(worst)} is the farthest from the reference's."
-    return within("components", target, worst.relative_rms, COMPONENT.limit, summary)
+        return Check(name="components", target=target, verdict="fail", summary=summary, limit=odd[0].limit)
+    worst = max(rows, key=lambda row: math.inf if row.relative_rms is None else row.relative_rms / row.limit)
+    summary = (
+        f"Of {len(rows)} outputs of networks the worst against its limit is {_place(worst)}, "
+        "whose distance to the reference's is"
+    )
+    return within("components", target, worst.relative_rms, worst.limit, summary)
 
 
 def check_erased(target: str, steps: Tensor, base_steps: Tensor, final: Tensor, base_final: Tensor) -> list[Check]:
@@ -120,10 +131,8 @@ def check_erased(target: str, steps: Tensor, base_steps: Tensor, final: Tensor, 
             "At the end of its own path, on the worst prompt,",
         ),
     }
-    return [
-        within(name, target, ratio, PARITY.limit, f"{where} it is from the reference this part of what the edit moves.")
-        for name, (ratio, where) in measured.items()
-    ]
+    said = "the artifact's distance to the reference, as a share of the base's, is"
+    return [within(name, target, ratio, PARITY.limit, f"{where} {said}") for name, (ratio, where) in measured.items()]
 
 
 def check_kept(target: str, steps: Tensor, final: Tensor) -> list[Check]:
@@ -131,42 +140,66 @@ def check_kept(target: str, steps: Tensor, final: Tensor) -> list[Check]:
     return [
         within(
             "step-rounding", target, float(_over_prompts(steps).max()), STEP.limit,
-            "After a step from the reference's latents, on prompts without what was erased, it is this far from the "
-            "reference.",
+            "On prompts without what was erased the artifact's distance to the reference, after a step from the "
+            "reference's latents, is",
         ),
         within(
             "drift", target, float(_over_prompts(final)), DRIFT.limit,
-            "At the end of its own path, on prompts without what was erased, it is this far from the reference.",
+            "On prompts without what was erased the artifact's distance to the reference, at the end of its own path, "
+            "is",
         ),
     ]  # fmt: skip
 
 
-def check_edit(concepts: Sequence[str], base_steps: Tensor, base_final: Tensor, tracked: Sequence[str]) -> Check:
-    """Whether the reference is far enough from the base on each concept's prompts to prove anything.
+def check_edit(
+    concepts: Sequence[str],
+    base_steps: Tensor,
+    base_final: Tensor,
+    tracked: Sequence[str],
+    seen: Iterable[tuple[Detection, Detection]] = (),
+) -> Check:
+    """Whether the reference is far enough from the base on each concept's prompts to prove anything, and erases it.
 
     Args:
         concepts: of each prompt with what was erased.
         base_steps: the base's distances after teacher-forced steps [steps, tracked prompts].
         base_final: the base's distances where free-running trajectories end [prompts].
         tracked: of each prompt in `base_steps`, its concept.
+        seen: what a detector sees of a concept on its prompts, in the base's pictures and in the reference's.
     """
     names = dict.fromkeys(concepts)
     ends = {name: float(base_final[[it == name for it in concepts]].median()) for name in names}
-    nearest = min(ends, key=ends.__getitem__)
     moved = {
         name: float(_over_prompts(base_steps[:, [it == name for it in tracked]]).max())
         for name in names
         if name in tracked
     }
-    far = FAR.limit <= ends[nearest] and all(
-        FAR_STEP.limit <= it < math.inf for it in (*moved.values(), *ends.values())
-    )
-    said = f"{ends[nearest]:.2g} from the base's on half of the prompts, and {min(moved.values()):.2g} after one step"
+    doubts = [
+        *(
+            f"At the end, base and reference are {it:.2g} apart on the median prompt with {name!a:.100}; it takes "
+            f"{FAR.limit:g} to prove anything."
+            for name, it in ends.items()
+            if not FAR.limit <= it < math.inf
+        ),
+        *(
+            f"After one step, base and reference are {it:.2g} apart at most on prompts with {name!a:.100}; it takes "
+            f"{FAR_STEP.limit:g} to prove anything."
+            for name, it in moved.items()
+            if not FAR_STEP.limit <= it < math.inf
+        ),
+        *(
+            f"The detector sees {base.concept!a:.100} in {reference.detected} of {reference.pictures} pictures of the "
+            f"reference and in {base.detected} of the base's, so it does not see that anything was erased."
+            for base, reference in seen
+            if reference.detected >= base.detected
+        ),
+    ]
+    nearest = min(ends, key=ends.__getitem__)
+    found = f"At the end, base and reference are {ends[nearest]:.2g} apart on the median prompt with {nearest!a:.100}"
     return Check(
-        name="edit-is-seen", target=None, verdict="pass" if far else "unjudged",
-        summary=f"With {nearest!a:.100} erased, the reference's path ends {said}"
-        + ("." if far else f"; it takes {FAR.limit:g} and {FAR_STEP.limit:g} to prove anything."),
-        measured=finite(ends[nearest]), limit=FAR.limit,
+        name="edit-is-seen", target=None, verdict="unjudged" if doubts else "pass",
+        summary=doubts[0] if doubts else f"{found}, where {FAR.limit:g} is needed.",
+        measured=finite(ends[nearest]), limit=FAR.limit, bound="at least",
     )  # fmt: skip
 
 
@@ -184,37 +217,49 @@ def check_pictures(
     odd = [it for it, other in zip(pictures, reference, strict=True) if it.problem and not other.problem]
     worst = min((math.inf if it.psnr_db is None else it.psnr_db for it in pictures), default=math.inf)
     if odd:
-        summary = f"{len(odd)} of {len(pictures)} are no pictures, as {odd[0].file}: {odd[0].problem}."
+        summary = (
+            f"{len(odd)} of {len(pictures)} pictures show nothing, the first of them {odd[0].file}: {odd[0].problem}."
+        )
         return Check(name="pictures", target=target, verdict="fail", summary=summary)
     if distinct[0] < distinct[1]:
-        summary = f"Only {distinct[0]} of {len(pictures)} pictures differ from one another."
+        summary = (
+            f"There are {distinct[0]} different pictures among {len(pictures)}, where the reference has {distinct[1]}."
+        )
         return Check(name="pictures", target=target, verdict="fail", summary=summary)
     near = worst >= PSNR.limit
     apart = max(it.max_difference or 0 for it in pictures)
     return Check(
         name="pictures", target=target, verdict="pass" if near else "fail",
-        summary=f"Of {len(pictures)} pictures the worst PSNR against the reference's is "
-        + ("infinite" if worst == math.inf else f"{worst:.1f} dB")
-        + f" ({PSNR.limit:g} dB is needed), the largest difference of a value {apart} of 255.",
-        measured=finite(worst), limit=PSNR.limit,
+        summary=f"Of {len(pictures)} pictures the one least like the reference's has a PSNR of {worst:.1f} dB against "
+        f"it, where {PSNR.limit:g} dB is needed; no value differs by more than {apart} of 255."
+        if worst < math.inf
+        else f"All {len(pictures)} pictures are the reference's, value for value.",
+        measured=finite(worst), limit=PSNR.limit, bound="at least",
     )  # fmt: skip
 
 
 def check_detector(target: str, verdicts: Sequence[bool], reference: Sequence[bool]) -> Check:
     """Whether a detector says the same of the artifact's pictures as of the reference's."""
     count = disagreements(verdicts, reference)
-    summary = f"The detector judges {count} of {len(verdicts)} pictures otherwise than the reference's."
+    summary = f"The detector judges {count} of {len(verdicts)} pictures otherwise than the reference's, a share of"
     return within("detector", target, count / len(verdicts), DISAGREEMENT.limit, summary)
 
 
 def within(name: str, target: str | None, measured: float | None, limit: float, summary: str) -> Check:
-    """A check that passes where `measured` is at most `limit`; None and what is not finite fail."""
+    """A check that passes where `measured` is at most `limit`; None and what is not finite fail.
+
+    `summary` is a sentence up to the number.
+    """
     number = math.inf if measured is None else measured
     told = "not finite" if finite(number) is None else f"{number:.2g}"
     return Check(
         name=name, target=target, verdict="pass" if number <= limit else "fail",
-        summary=f"{summary.removesuffix('.')}: {told} (allowed {limit:g}).", measured=finite(number), limit=limit,
+        summary=f"{summary} {told}; {limit:g} is allowed.", measured=finite(number), limit=limit,
     )  # fmt: skip
+
+
+def _limit(network: str) -> float:
+    return (VAE if network.startswith("vae_") else COMPONENT).limit
 
 
 def _place(row: TensorParity) -> str:
@@ -250,14 +295,15 @@ def is_out_of_memory(error: BaseException | None) -> bool:
     """Whether an error, or what it came from, is that memory was short: this tells nothing of the artifact."""
     while error is not None:
         said = str(error).lower()
-        if isinstance(error, MemoryError) or "out of memory" in said or "alloc" in said:
+        if isinstance(error, MemoryError) or any(it in said for it in _NO_MEMORY):
             return True
         error = error.__cause__ or error.__context__
     return False
 
 
 def reason(error: BaseException) -> str:
-    """An error's first line, for a report."""
+    """An error's first line, for a report; with its class, unless it is a sentence of bakeout's own."""
     first = str(error).strip().partition("\n")[0]
     printable = "".join(it if it.isprintable() else " " for it in first)
-    return f"{type(error).__name__}: {printable:.{_MESSAGE}}"
+    kind = "" if isinstance(error, InputError) else f"{type(error).__name__}: "
+    return f"{kind}{printable:.{_MESSAGE}}"

@@ -13,7 +13,7 @@ import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -41,6 +41,7 @@ from bakeout.validate.audit import (
     weights_beside,
 )
 from bakeout.validate.contract import contract, run_network
+from bakeout.validate.devices import check_providers, why_not_started, with_exact_products, without_tf32
 from bakeout.validate.erasure import Detector, detections, detector_of, trials_of
 from bakeout.validate.metrics import distances, relative_rms
 from bakeout.validate.parity import (
@@ -138,6 +139,7 @@ def validate(
     seed: int = 0,
     steps: int | None = None,
     guidance: float | None = None,
+    size: tuple[int, int] | None = None,
     scheduler: str | None = None,
     sessions: SessionSettings | None = None,
     device: str = "auto",
@@ -156,6 +158,7 @@ def validate(
         seed: of the first prompt; the next ones count up.
         steps: denoising steps; None is the model's.
         guidance: scale of classifier-free guidance; None is the model's.
+        size: width and height in pixels; None is the model's.
         scheduler: as `bakeout.generate.SCHEDULERS` has it; None is each model's own.
         sessions: of ONNX Runtime.
         device: where base, reference and torch's targets run.
@@ -171,14 +174,15 @@ def validate(
     artifact = Artifact(Path(folder), read_manifest(Path(folder)))
     profile = profile or _recorded_profile(artifact.manifest)
     chosen = _chosen(artifact, targets)
-    _check_sessions(sessions)
+    check_providers(sessions)
     count = PROFILES[profile] if count is None else count
     if count < 2:
         raise InputError(f"count is {count}: it must be 2 or more, for prompts with what was erased and without")
-    asked = Request(("",), seed=seed, count=count, steps=steps, guidance=guidance, scheduler=scheduler)
+    asked = Request(("",), seed=seed, count=count, steps=steps, guidance=guidance, size=size, scheduler=scheduler)
     device = device_from_text(device)
-    model = open_base(artifact, base)
     trials = trials_of(artifact.manifest, None if prompts is None else Path(prompts), count, seed)
+    _check_edit_given(artifact, None if edit is None else Path(edit))
+    model = open_base(artifact, base)
     own = _Validation(artifact, model, trials, device, sessions, detector_of(artifact.manifest))
     baked = own.check_files(None if edit is None else Path(edit))
     if baked is not None:
@@ -198,7 +202,7 @@ class _Validation:
         self.interfaces = contract(model)
         self.groups = _groups(trials)
         self.device = device
-        self.sessions = _with_exact_products(sessions)
+        self.sessions = with_exact_products(sessions)
         self.detector = detector
         self.pictures: dict[str, bytes] = {}
         self._settings: dict[str, Any] = {}
@@ -221,14 +225,10 @@ class _Validation:
             self.artifact.verify()
         except (InputError, OSError) as error:
             fault = self._reason(error)
-        summary = "Every file is as the manifest says." if fault is None else f"A file is not as it was baked: {fault}."
-        self._say("files", None, "pass" if fault is None else "fail", summary)
+        summary = "Every file is as the manifest says" if fault is None else fault
+        self._say("files", None, "pass" if fault is None else "fail", f"{summary}.")
         if given is not None:
             edit = Edit.load(given)
-            if edit.digest != self.artifact.manifest.edit:
-                raise InputError(f"{given} is not the Edit of {self.artifact.folder}; give that artifact's")
-        elif not (self.artifact.folder / EDIT).exists():
-            raise InputError(f"{self.artifact.folder} was released without its {EDIT}; give it with --edit")
         else:
             try:
                 edit = self.artifact.edit
@@ -253,13 +253,14 @@ class _Validation:
         def advance(pictures: float) -> None:
             progress(pictures / drawings)
 
-        with _without_tf32():
+        with without_tf32():
             try:
                 baseline = self._draw_baseline(edit, asked, advance)
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
-                self._say("reference", None, "unjudged", f"Memory is too short for the reference ({reason(error)}).")
+                said = f"There is not enough memory to draw with the reference ({reason(error)})."
+                self._say("reference", None, "unjudged", said)
                 return
             _release()
             # Nothing is near what is not finite, and that is not the targets' fault.
@@ -302,10 +303,18 @@ class _Validation:
         )  # fmt: skip
 
     def _can_run(self, target: str) -> bool:
+        why = None
         missing = [name for name in _NEEDED.get(target, ()) if importlib.util.find_spec(name) is None]
         if missing:
-            self._say("runs", target, "unjudged", f"{missing[0]} is not installed: run `pip install 'bakeout[cpu]'`.")
-        return not missing
+            why = f"{missing[0]} is not installed: run `pip install 'bakeout[cpu]'`."
+        elif target == "onnx" and self.sessions is not None and (error := why_not_started(self.sessions)):
+            why = (
+                f"ONNX Runtime cannot compute with {', '.join(self.sessions.providers)} on this machine "
+                f"({self._reason(error)}): mend that, or choose another provider."
+            )
+        if why is not None:
+            self._say("runs", target, "unjudged", why)
+        return why is None
 
     def _audit(self, target: str, edit: Edit) -> None:
         folder = self.artifact.folder / target
@@ -355,9 +364,10 @@ class _Validation:
         self._add_curves(BASE, base, steps, reference)
         self._add_pictures(BASE, base, reference)
         self._add_pictures(REFERENCE, reference, None)
-        self._check_baseline(steps, final, reference)
         self._detect(BASE)
-        return _Baseline(settings, asked.scheduler, reference, steps, final, expected, self._detect(REFERENCE))
+        verdicts = self._detect(REFERENCE)
+        self._check_baseline(steps, final, reference)
+        return _Baseline(settings, asked.scheduler, reference, steps, final, expected, verdicts)
 
     def _judge(self, target: str, baseline: _Baseline, advance: Callable[[float], object]) -> None:
         """Draw with a target, and compare."""
@@ -376,7 +386,7 @@ class _Validation:
         except Exception as error:  # noqa: BLE001 - whatever a broken artifact raises is a finding, and no end
             short = is_out_of_memory(error)
             said = self._reason(error)
-            told = f"Memory is too short for it ({said})." if short else f"It does not run: {said}."
+            told = f"There is not enough memory to draw with it ({said})." if short else f"It does not run: {said}."
             self._say("runs", target, "unjudged" if short else "fail", told)
             return
         self._say("runs", target, "pass", f"It loads, and draws with {_RUNTIME_OF[target]}.")
@@ -498,20 +508,21 @@ class _Validation:
         erased = [trial.concept for trial in self.trials if trial.kind == ERASED]
         tracked = [trial.concept for group in self.groups if group.tracked for trial in group.trials]
         concepts = tracked[: steps[ERASED].shape[1]]
-        self._checks.append(check_edit(erased, steps[ERASED], final[ERASED], concepts))
+        of_base, of_reference = (
+            [it for it in self._detections if (it.model, it.kind) == (model, ERASED)] for model in (BASE, REFERENCE)
+        )
+        seen = zip(of_base, of_reference, strict=True)
+        self._checks.append(check_edit(erased, steps[ERASED], final[ERASED], concepts, seen))
         if KEPT not in final:
             self._say("kept-prompts", None, "unjudged", "There are no prompts without what was erased.")
         odd = [it for it in self._drawn[REFERENCE] if it.problem]
         same = len(self.trials) - _distinct(reference)
+        said = "All of the reference's pictures show something, and no two are the same."
         if odd:
-            self._say(
-                "reference-pictures", None, "unjudged",
-                f"{len(odd)} of the reference's pictures are no pictures, as {odd[0].file}: {odd[0].problem}.",
-            )  # fmt: skip
+            said = f"{len(odd)} of the reference's pictures show nothing, as {odd[0].file}: {odd[0].problem}."
         elif same:
-            self._say("reference-pictures", None, "unjudged", f"{same} of the reference's pictures repeat others.")
-        else:
-            self._say("reference-pictures", None, "pass", "All pictures of the reference are pictures, each another.")
+            said = f"{same} of the reference's pictures are copies of others."
+        self._say("reference-pictures", None, "unjudged" if odd or same else "pass", said)
 
     @contextmanager
     def _finding(self, name: str, target: str) -> Iterator[None]:
@@ -524,7 +535,10 @@ class _Validation:
 
     def _reason(self, error: Exception) -> str:
         """An error in a line, without the folders of this machine."""
-        return reason(error).replace(f"{self.artifact.folder}{os.sep}", "").removesuffix(".")
+        folder = self.artifact.folder
+        said = reason(error).replace(f"{folder}{os.sep}", "").removesuffix(".")
+        # A relative one may be a dot, which is in every sentence.
+        return said.replace(str(folder), folder.name) if folder.is_absolute() else said
 
     def _say(self, name: str, target: str | None, verdict: Verdict, summary: str) -> None:
         self._checks.append(Check(name=name, target=target, verdict=verdict, summary=summary))
@@ -556,48 +570,24 @@ def _chosen(artifact: Artifact, targets: Sequence[str] | None) -> list[str]:
     there = artifact.manifest.targets
     for target in targets or ():
         if target not in there:
-            raise InputError(f"{artifact.folder} has no target {target!a:.50}; choose of {', '.join(there)}")
+            cure = f"run `bakeout export {artifact.folder} --target {target}`, or " if target in _RUNTIME_OF else ""
+            raise InputError(f"{artifact.folder} has no target {target!a:.50}; {cure}choose from {', '.join(there)}")
     chosen = list(dict.fromkeys(targets or there))
     for target in chosen:
         if target not in _RUNTIME_OF:
             raise InputError(
-                f"there is no way to draw with the target {target!a:.50}; choose of {', '.join(_RUNTIME_OF)}"
+                f"there is no way to draw with the target {target!a:.50}; choose from {', '.join(_RUNTIME_OF)}"
             )
     return chosen
 
 
-def _check_sessions(sessions: SessionSettings | None) -> None:
-    """Raise InputError for a provider that is not here: that is no fault of the artifact."""
-    if sessions is None or importlib.util.find_spec("onnxruntime") is None:
-        return
-    import onnxruntime
-
-    available = onnxruntime.get_available_providers()
-    for name in sessions.providers:
-        if name not in available:
-            raise InputError(f"this ONNX Runtime has no {name!a:.100}; choose from {', '.join(available)}")
-
-
-def _with_exact_products(sessions: SessionSettings | None) -> SessionSettings | None:
-    """The sessions without TF32, in which the CUDA provider multiplies unless told otherwise."""
-    cuda = "CUDAExecutionProvider"
-    if sessions is None or cuda not in sessions.providers:
-        return sessions
-    own = {"use_tf32": "0", **sessions.provider_options.get(cuda, {})}
-    return replace(sessions, provider_options={**sessions.provider_options, cuda: own})
-
-
-@contextmanager
-def _without_tf32() -> Iterator[None]:
-    """Products in whole fp32 inside: on a GPU cuDNN takes TF32 by itself, which is a thousand times coarser."""
-    backends: Any = torch.backends
-    convolutions, products = backends.cudnn.conv, backends.cuda.matmul
-    before = convolutions.fp32_precision, products.fp32_precision
-    convolutions.fp32_precision = products.fp32_precision = "ieee"
-    try:
-        yield
-    finally:
-        convolutions.fp32_precision, products.fp32_precision = before
+def _check_edit_given(artifact: Artifact, given: Path | None) -> None:
+    """Raise InputError for another artifact's Edit, or where there is none."""
+    if given is not None:
+        if Edit.load(given).digest != artifact.manifest.edit:
+            raise InputError(f"{given} is not the Edit of {artifact.folder}; give that artifact's")
+    elif not (artifact.folder / EDIT).exists():
+        raise InputError(f"{artifact.folder} was released without its {EDIT}; give it with --edit")
 
 
 def _release() -> None:

@@ -33,6 +33,7 @@ class Options(TypedDict, total=False):
     seed: int
     steps: int | None
     guidance: float | None
+    size: tuple[int, int] | None
     scheduler: str | None
     sessions: SessionSettings | None
     device: str

@@ -406,6 +406,7 @@ def inspect(model: str, chart: Path | None, force: bool) -> None:
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the first prompt; the next ones count up.")
 @click.option("--steps", type=int, help="Denoising steps.  [default: the model's]")
 @click.option("--guidance", type=float, help="Scale of classifier-free guidance.  [default: the model's]")
+@click.option("--size", metavar="SIDE|WxH", help="In pixels, 512 or 512x768.  [default: the model's]")
 @click.option("--scheduler", metavar="NAME", help=f"{', '.join(SCHEDULERS)}.  [default: the models' own]")
 @click.option("--device", default="auto", show_default=True, help="Of PyTorch: auto, cpu, cuda, cuda:1 or mps.")
 @click.option(
@@ -421,6 +422,7 @@ def validate(
     folder: Path,
     output: Path | None,
     targets: tuple[str, ...],
+    size: str | None,
     providers: tuple[str, ...],
     threads: int | None,
     **options: Any,
@@ -441,11 +443,14 @@ def validate(
     Examples:
       bakeout validate shapes-erased
       bakeout validate shapes-erased --profile release -o signoff
-      bakeout validate my-model-erased --base models/my-model --steps 20 --count 8
+      bakeout validate my-model-erased --base models/my-model --steps 20 --count 8 --size 256
     """
     from bakeout.artifact import report_folder, validate_folder
     from bakeout.describe import describe_report
+    from bakeout.generate import size_from_text
 
+    if size is not None:
+        options["size"] = size_from_text(size)
     _quieten_libraries()
     sessions = None
     if providers or threads is not None:
@@ -472,7 +477,7 @@ def demo(folder: Path) -> None:
     `shapes`, with exact binomial intervals.
 
     DIR has recipe.toml, the artifact shapes-erased/, the report in report/, and demo.png, the models side by side. An
-    earlier demo in DIR is overwritten. It takes about two minutes on two cores.
+    earlier demo in DIR is overwritten. It takes about a minute on two cores.
 
     \b
     Example:

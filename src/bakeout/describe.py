@@ -91,7 +91,7 @@ def describe_report(report: Report) -> str:
             it.target or "",
             _MARKS[it.verdict],
             "" if it.measured is None else f"{it.measured:.2g}",
-            "" if it.limit is None else f"{it.limit:g}",
+            "" if it.limit is None else f"{it.bound} {it.limit:g}",
         )
         for it in report.checks
     ]

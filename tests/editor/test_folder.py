@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from bakeout.editor.architecture import describe
 from bakeout.editor.errors import InputError
 from bakeout.editor.model import open_model
 
@@ -366,3 +367,16 @@ def test_a_folder_that_is_no_pipeline_says_what_to_give(tmp_path: Path) -> None:
     (tmp_path / "anime.ckpt").touch()
     with pytest.raises(InputError, match="only a pickle checkpoint"):
         open_model(tmp_path)
+
+
+def test_a_description_is_its_caller_s_own(root):
+    """Built once for a configuration, and never changed by whoever asked first."""
+    config = json.loads((root / "editor" / "configs" / "sd15" / "text_encoder" / "config.json").read_text())
+    shapes, effective = describe("CLIPTextModel", config, "config.json", None)
+    wanted = dict(shapes), dict(effective)
+    shapes.clear()
+    effective.clear()
+    assert describe("CLIPTextModel", dict(reversed(config.items())), "config.json", None) == wanted
+    other = describe("CLIPTextModel", {**config, "num_hidden_layers": 2}, "config.json", None)
+    assert other[1]["num_hidden_layers"] == 2
+    assert len(other[0]) < len(wanted[0])

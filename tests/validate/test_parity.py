@@ -4,6 +4,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from bakeout.editor.errors import InputError
 from bakeout.validate.contract import Interface
 from bakeout.validate.parity import (
     Expected,
@@ -20,9 +21,10 @@ from bakeout.validate.parity import (
     reason,
     within,
 )
-from bakeout.validate.report.schema import Drawn
+from bakeout.validate.report.schema import Detection, Drawn
 from bakeout.validate.runners import Call, png_from_floats
-from bakeout.validate.tolerances import COMPONENT, DRIFT, FAR, FAR_STEP, PARITY, STEP, TABLE
+from bakeout.validate.stats import detection
+from bakeout.validate.tolerances import COMPONENT, DRIFT, FAR, FAR_STEP, PARITY, STEP, TABLE, VAE
 
 OUT = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(0))
 INTERFACES = {"unet": Interface({"sample": 4}, {"out_sample": 4})}
@@ -64,8 +66,8 @@ def spoilt(sample, value):
 @pytest.mark.parametrize(
     ("answer", "said"),
     [
-        (lambda sample: {"out_sample": sample * (1 + 1e-4)}, "farthest"),
-        (lambda sample: {"out_sample": sample.roll(1)}, "farthest"),
+        (lambda sample: {"out_sample": sample * (1 + 1e-4)}, "whose distance to the reference's is"),
+        (lambda sample: {"out_sample": sample.roll(1)}, "whose distance to the reference's is"),
         (lambda sample: spoilt(sample, math.nan), "1 of 128 elements are not finite"),
         (lambda sample: spoilt(sample, math.inf), "1 of 128 elements are not finite"),
         (lambda sample: {"other": sample}, "the output is missing"),
@@ -95,6 +97,19 @@ def test_one_bad_row_of_many_fails():
     good = rows_of(lambda sample: {"out_sample": sample})
     (bad, _) = rows_of(lambda sample: {"out_sample": sample * 1.01})
     assert check_components("onnx", [*good, bad, *good]).verdict == "fail"
+
+
+def test_each_network_is_held_against_its_own_limit():
+    unet, vae = (
+        row.model_copy(update={"component": name, "limit": limit.limit, "relative_rms": COMPONENT.limit * 1.5})
+        for (row, _), name, limit in (
+            (rows_of(lambda sample: {"out_sample": sample}), "unet", COMPONENT),
+            (rows_of(lambda sample: {"out_sample": sample}), "vae_decoder", VAE),
+        )
+    )
+    assert check_components("onnx", [vae]).verdict == "pass"
+    assert check_components("onnx", [vae, unet]).verdict == "fail"
+    assert check_components("onnx", [vae, unet]).limit == COMPONENT.limit
 
 
 def test_memory_is_no_finding():
@@ -190,6 +205,23 @@ def test_where_the_edit_does_nothing_nothing_is_judged(changed):
     assert "to prove anything" in check.summary
 
 
+def seen(base: int, reference: int, concept: str = "star") -> tuple[Detection, Detection]:
+    verdicts = ((model, [it < count for it in range(4)]) for model, count in (("base", base), ("reference", reference)))
+    first, second = (detection(concept, "erased", model, found) for model, found in verdicts)
+    return first, second
+
+
+@pytest.mark.parametrize(
+    ("base", "reference", "verdict"),
+    [(4, 0, "pass"), (4, 3, "pass"), (4, 4, "unjudged"), (2, 3, "unjudged"), (0, 0, "unjudged")],
+)
+def test_an_edit_after_which_the_detector_sees_the_concept_as_often_is_not_judged(base, reference, verdict):
+    check = check_edit(CONCEPTS, BASE_STEPS, BASE_FINAL, CONCEPTS, [seen(4, 0, "striped"), seen(base, reference)])
+    assert check.verdict == verdict
+    told = f"sees 'star' in {reference} of 4 pictures of the reference and in {base} of the base's" in check.summary
+    assert told == (verdict == "unjudged")
+
+
 def test_where_the_base_is_far_enough_the_base_itself_would_fail():
     assert PARITY.limit * FAR_STEP.limit > STEP.limit
     assert PARITY.limit * FAR.limit > DRIFT.limit
@@ -219,7 +251,7 @@ def test_pictures_like_the_reference_s_pass():
     [
         ({"psnr_db": 47.0}, (2, 2), "47.0 dB"),
         ({"problem": "one colour all over"}, (2, 2), "one colour"),
-        ({}, (1, 2), "Only 1 of 2 pictures differ"),
+        ({}, (1, 2), "1 different pictures among 2"),
     ],
 )
 def test_other_pictures_fail(odd, distinct, said):
@@ -240,8 +272,8 @@ def test_a_detector_that_disagrees():
 
 @pytest.mark.parametrize("measured", [None, math.nan, math.inf, 1.01])
 def test_within(measured):
-    assert within("it", None, measured, 1, "It is.").verdict == "fail"
-    assert within("it", None, 1.0, 1, "It is.").verdict == "pass"
+    assert within("it", None, measured, 1, "It is").verdict == "fail"
+    assert within("it", None, 1.0, 1, "It is").verdict == "pass"
 
 
 def test_a_curve_is_over_the_prompts():
@@ -267,10 +299,12 @@ def test_memory_is_recognised_behind_another_error():
     assert is_out_of_memory(MemoryError())
     assert not is_out_of_memory(ValueError("a shape is wrong"))
     assert not is_out_of_memory(None)
+    assert not is_out_of_memory(FileNotFoundError("allocation-study/unet/model.onnx is missing"))
 
 
 def test_a_reason_is_one_printable_line():
     assert reason(ValueError("one\x1b[31m\ntwo")) == "ValueError: one [31m"
+    assert reason(InputError("unet lacks a file; mend it")) == "unet lacks a file; mend it"
 
 
 def test_every_limit_has_its_reason_and_its_name_once():

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import onnxruntime
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -75,10 +76,10 @@ def rehash(folder: Path) -> None:
 
 
 @pytest.fixture(scope="session")
-def shapes_artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`shapes` with a fifth of its FFN-2 weights pruned; tests that change it work on a copy."""
+def shapes_artifact(tmp_path_factory: pytest.TempPathFactory, without: Callable[[str], Edit]) -> Path:
+    """`shapes` without stars, for torch; tests that change it work on a copy."""
     model = open_model("shapes")
-    return bake(model, "shapes", pruned(model, 0.2), tmp_path_factory.mktemp("baked") / "artifact")
+    return bake(model, "shapes", without("star"), tmp_path_factory.mktemp("baked") / "artifact")
 
 
 @pytest.fixture
@@ -287,6 +288,9 @@ def test_any_scheduler_can_be_chosen(shapes_artifact, scheduler):
     [
         ({"count": 1}, "count is 1"),
         ({"targets": ["tensorrt"]}, "has no target 'tensorrt'"),
+        ({"targets": ["onnx"]}, "run `bakeout export"),
+        ({"size": (48, 33)}, "multiples of 16 pixels, for example 48x32"),
+        ({"size": (0, 16)}, "must be 1 pixel or more"),
         ({"steps": 0}, "steps is 0"),
         ({"steps": 5000}, "trained with 1000"),
         ({"scheduler": "none such"}, "no scheduler"),
@@ -359,6 +363,41 @@ def test_without_onnx_runtime_its_target_is_not_judged(small, judge_small, monke
     assert {it.name for it in report.checks if it.target == "diffusers"} >= {"runs", "components"}
 
 
+@pytest.mark.parametrize("gives_way", [True, False])
+def test_a_provider_that_cannot_start_is_no_verdict(small, judge_small, monkeypatch, gives_way):
+    """ONNX Runtime lists a provider whose libraries are missing: then it raises, or the CPU computes in its place."""
+    session = onnxruntime.InferenceSession
+
+    def start(path: Path, options: Any, providers: Any) -> Any:
+        if not gives_way:
+            raise RuntimeError("libcudnn.so.9: cannot open shared object file")
+        return session(path, options, providers=["CPUExecutionProvider"])
+
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
+    monkeypatch.setattr(onnxruntime, "InferenceSession", start)
+    report = judge_small(small, targets=["onnx"], sessions=SessionSettings(("CUDAExecutionProvider",)))
+    (check,) = (it for it in report.checks if it.target == "onnx")
+    assert (report.verdict, check.name, check.verdict) == ("unjudged", "runs", "unjudged")
+    assert "cannot compute with CUDAExecutionProvider on this machine" in check.summary
+
+
+def test_an_edit_that_moves_much_and_erases_nothing_is_not_judged(tmp_path):
+    """Every picture is another, and every star is still there."""
+    model = open_model("shapes")
+    folder = bake(model, "shapes", pruned(model, 0.05), tmp_path / "artifact")
+    report = judge(folder)
+    assert report.verdict == "unjudged"
+    (check,) = (it for it in report.checks if it.verdict != "pass")
+    assert check.name == "edit-is-seen"
+    assert "does not see that anything was erased" in check.summary
+
+
+def test_another_size_can_be_drawn(shapes_artifact):
+    report = judge(shapes_artifact, size=(48, 64))
+    assert failed(report) == set()
+    assert report.settings["size"] == [48, 64]
+
+
 def test_both_targets_of_another_model_are_compared(small, judge_small, tiny_model, tmp_path):
     report = judge_small(small)
     assert failed(report) == set()
@@ -378,21 +417,3 @@ def test_a_reference_that_draws_nothing_is_no_reference(small, judge_small, monk
     assert verdicts(report)["reference-pictures"] == "unjudged"
     assert verdicts(report)["pictures"] == "pass"
     assert report.verdict == "unjudged"
-
-
-def test_products_are_exact_inside_and_as_before_outside():
-    backends: Any = torch.backends
-    before = backends.cudnn.conv.fp32_precision, backends.cuda.matmul.fp32_precision
-    with validation._without_tf32():
-        assert {backends.cudnn.conv.fp32_precision, backends.cuda.matmul.fp32_precision} == {"ieee"}
-    assert before == (backends.cudnn.conv.fp32_precision, backends.cuda.matmul.fp32_precision)
-
-
-def test_the_cuda_provider_multiplies_exactly_unless_told_otherwise():
-    asked = validation._with_exact_products
-    cuda = "CUDAExecutionProvider"
-    assert asked(SessionSettings((cuda,))).provider_options[cuda] == {"use_tf32": "0"}
-    told = SessionSettings((cuda,), {cuda: {"use_tf32": "1"}})
-    assert asked(told) == told
-    assert asked(None) is None
-    assert asked(SessionSettings()) == SessionSettings()

@@ -158,7 +158,7 @@ def _checks(report: Report) -> Iterator[Element]:
         if check.verdict != "pass":
             title = element("h3", _badge(check.verdict), _name(check))
             yield element("div", title, element("p", check.summary), class_=f"bad {check.verdict}")
-    head = ("check", "measured, and the limit")
+    head = ("check", "measured")
     label = f"All {count(len(checks), 'check')}"
     yield folded(label, table(label, head, map(_check_row, checks)), open_=report.verdict == "pass")
 
@@ -166,8 +166,8 @@ def _checks(report: Report) -> Iterator[Element]:
 def _check_row(check: Check) -> Element:
     title = element("span", _badge(check.verdict), f" {_name(check)}")
     found = element("span", title, element("span", check.summary, class_="sentence"), class_="check")
-    limit = "" if check.limit is None else f" of {number(check.limit)}"
-    return row(found, f"{number(check.measured)}{limit}")
+    limit = "" if check.limit is None else f"{check.bound} {number(check.limit)}"
+    return row(found, element("span", number(check.measured), element("span", limit, class_="bound")))
 
 
 def _badge(verdict: Verdict) -> Element:

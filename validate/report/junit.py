@@ -34,8 +34,8 @@ def to_junit(report: Report) -> bytes:
 
 def _case(class_name: str, check: Check) -> Element:
     case = Element("testcase", _attributes(classname=class_name, name=check.name))
-    measured = "" if check.measured is None else f"\nmeasured {check.measured:g}"
-    limit = "" if check.limit is None else f"\nlimit {check.limit:g}"
+    measured = "" if check.measured is None else f"\nmeasured: {check.measured:g}"
+    limit = "" if check.limit is None else f"\nlimit: {check.bound} {check.limit:g}"
     text = check.summary + measured + limit
     if check.verdict == "pass":
         SubElement(case, "system-out").text = _allowed(text)

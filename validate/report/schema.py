@@ -39,6 +39,7 @@ class Check(_Record):
         summary: one sentence with what was found, and what was allowed.
         measured: the number that decided, None where none did or it is not finite.
         limit: what `measured` was held against.
+        bound: whether `measured` may be at most or must be at least `limit`.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Check(_Record):
     summary: str
     measured: float | None = None
     limit: float | None = None
+    bound: Literal["at most", "at least"] = "at most"
 
 
 class Worst(_Record):

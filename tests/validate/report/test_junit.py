@@ -51,7 +51,7 @@ def test_a_failure_says_what_was_found(samples, remake):
     check = Check(name="weights", target=None, verdict="fail", summary='a <b> & "c"', measured=0.5, limit=1e-6)
     (failure,) = parsed(remake(report, verdict="fail", checks=(check,))).iter("failure")
     assert failure.get("message") == 'a <b> & "c"'
-    assert failure.text == 'a <b> & "c"\nmeasured 0.5\nlimit 1e-06'
+    assert failure.text == 'a <b> & "c"\nmeasured: 0.5\nlimit: at most 1e-06'
 
 
 def test_each_suite_says_what_was_validated(samples):

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from bakeout.validate.report.gallery import FIRST, LEAST, PROBLEMS, choose
 from bakeout.validate.report.html import targets_of, to_page
 from bakeout.validate.report.markup import element, number, to_html, visible
-from bakeout.validate.report.schema import Drawn, Scene
+from bakeout.validate.report.schema import Check, Drawn, Scene
 
 SAMPLES = ("pass", "fail", "unjudged", "large")
 MODELS = ("base", "reference", "onnx")
@@ -238,3 +238,13 @@ def test_numbers_are_short(value, text):
 def test_an_element_keeps_the_order_of_text_and_children():
     made = element("p", "a", element("b", "b"), "c", None, element("br"), "<d>", class_="x", aria_label='"', title=None)
     assert to_html(made) == '<!doctype html>\n<p class="x" aria-label="&quot;">a<b>b</b>c<br>&lt;d&gt;</p>\n'
+
+
+def test_a_limit_says_on_which_side_of_it_is_well(samples, remake):
+    report, pictures = samples("pass")
+    checks = tuple(
+        Check(name=name, target=None, verdict="pass", summary="It is.", measured=83, limit=48, bound=bound)
+        for name, bound in (("one", "at least"), ("other", "at most"))
+    )
+    page = to_page(remake(report, checks=checks), pictures)
+    assert re.findall(r"83<span class=\"bound\">([^<]*)</span>", page) == ["at least 48", "at most 48"]

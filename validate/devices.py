@@ -1,0 +1,73 @@
+"""What computes: ONNX Runtime's providers, and products in whole fp32 wherever hardware would take less."""
+
+from __future__ import annotations
+
+import importlib.util
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from bakeout.editor.errors import InputError
+
+if TYPE_CHECKING:
+    from bakeout.export.onnx_pipeline import SessionSettings
+
+
+def check_providers(sessions: SessionSettings | None) -> None:
+    """Raise InputError for a provider that is not here: that is no fault of the artifact."""
+    if sessions is None or importlib.util.find_spec("onnxruntime") is None:
+        return
+    import onnxruntime
+
+    available = onnxruntime.get_available_providers()
+    for name in sessions.providers:
+        if name not in available:
+            raise InputError(f"this ONNX Runtime has no {name!a:.100}; choose from {', '.join(available)}")
+
+
+def why_not_started(sessions: SessionSettings) -> Exception | None:
+    """What goes wrong where these sessions run a graph of one node, which is no fault of any artifact; else None."""
+    import onnx
+
+    from bakeout.export.onnx_pipeline import OnnxGraph
+
+    one, other = (onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1]) for name in "ab")
+    graph = onnx.helper.make_graph([onnx.helper.make_node("Neg", ["a"], ["b"])], "one", [one], [other])
+    # Of a version that also older runtimes read.
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=8)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.onnx"
+        onnx.save(model, path)
+        try:
+            OnnxGraph(path, ["a"], ["b"], sessions).run({"a": torch.ones(1)})
+        except InputError as error:
+            # The sentence around ONNX Runtime's own is about the graph.
+            return error.__cause__ if isinstance(error.__cause__, Exception) else error
+    return None
+
+
+def with_exact_products(sessions: SessionSettings | None) -> SessionSettings | None:
+    """The sessions without TF32, in which the CUDA provider multiplies unless told otherwise."""
+    cuda = "CUDAExecutionProvider"
+    if sessions is None or cuda not in sessions.providers:
+        return sessions
+    own = {"use_tf32": "0", **sessions.provider_options.get(cuda, {})}
+    return replace(sessions, provider_options={**sessions.provider_options, cuda: own})
+
+
+@contextmanager
+def without_tf32() -> Iterator[None]:
+    """Products in whole fp32 inside: on a GPU cuDNN takes TF32 by itself, which is a thousand times coarser."""
+    backends: Any = torch.backends
+    convolutions, products = backends.cudnn.conv, backends.cuda.matmul
+    before = convolutions.fp32_precision, products.fp32_precision
+    convolutions.fp32_precision = products.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        convolutions.fp32_precision, products.fp32_precision = before
