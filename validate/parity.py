@@ -231,7 +231,7 @@ def check_pictures(
     return Check(
         name="pictures", target=target, verdict="pass" if near else "fail",
         summary=f"Of {len(pictures)} pictures the one least like the reference's has a PSNR of {worst:.1f} dB against "
-        f"it, where {PSNR.limit:g} dB is needed; no value differs by more than {apart} of 255."
+        f"it, where {PSNR.limit:g} dB is needed; the largest difference of a value is {apart} of 255."
         if worst < math.inf
         else f"All {len(pictures)} pictures are the reference's, value for value.",
         measured=finite(worst), limit=PSNR.limit, bound="at least",

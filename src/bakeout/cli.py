@@ -185,9 +185,9 @@ def generate(
     """Draw pictures with MODEL, in eager PyTorch or ONNX Runtime.
 
     MODEL is the built-in model `shapes`, a diffusers folder, a single .safetensors checkpoint, the id of a model on
-    the Hugging Face hub, or an artifact that `bakeout bake` wrote. One that `bakeout export --target onnx` has been at
-    is drawn with by ONNX Runtime; --device and --dtype are of PyTorch, --provider, --threads and --no-arena of ONNX
-    Runtime. From the same seed both begin with the same noise.
+    the Hugging Face hub, or an artifact that `bakeout bake` wrote. ONNX Runtime draws with an artifact that has ONNX
+    graphs (`bakeout export`), PyTorch with everything else; --device and --dtype are for PyTorch, --provider, --threads
+    and --no-arena for ONNX Runtime. From the same seed both begin with the same noise.
 
     The pictures are DIR/<number of the prompt>-<seed>.png and carry as text what they were drawn from;
     DIR/pictures.json lists them. The same command draws the same pictures on the same machine; another
