@@ -63,6 +63,14 @@ def _output_option(name: str, metavar: str, help_text: str, **more: Any) -> Call
 
 
 _pictures_option = _output_option("folder", "DIR", "Folder of the pictures.", required=True)
+_providers_option = click.option(
+    "--provider",
+    "providers",
+    metavar="NAME",
+    multiple=True,
+    help="Execution provider of ONNX Runtime; several in order of preference.  [default: CPUExecutionProvider]",
+)
+_threads_option = click.option("--threads", type=int, help="Of ONNX Runtime, for one operation.  [default: one a core]")
 
 
 class _Group(click.Group):
@@ -152,14 +160,8 @@ def main() -> None:
     type=click.Choice(["torch", "onnxruntime"]),
     help="What draws.  [default: onnxruntime with an artifact that has onnx/, else torch]",
 )
-@click.option(
-    "--provider",
-    "providers",
-    metavar="NAME",
-    multiple=True,
-    help="Execution provider of ONNX Runtime; several in order of preference.  [default: CPUExecutionProvider]",
-)
-@click.option("--threads", type=int, help="Of ONNX Runtime, for one operation.  [default: one a core]")
+@_providers_option
+@_threads_option
 @click.option("--no-arena", is_flag=True, help="ONNX Runtime gives memory back after every call: slower, smaller.")
 @click.option("--compare", is_flag=True, help="Also draw an artifact's base and reference, and put all side by side.")
 @click.option("--base", metavar="MODEL", help="The artifact's base, where it is a folder or file; with --compare.")
@@ -409,14 +411,8 @@ def inspect(model: str, chart: Path | None, force: bool) -> None:
 @click.option("--size", metavar="SIDE|WxH", help="In pixels, 512 or 512x768.  [default: the model's]")
 @click.option("--scheduler", metavar="NAME", help=f"{', '.join(SCHEDULERS)}.  [default: the models' own]")
 @click.option("--device", default="auto", show_default=True, help="Of PyTorch: auto, cpu, cuda, cuda:1 or mps.")
-@click.option(
-    "--provider",
-    "providers",
-    metavar="NAME",
-    multiple=True,
-    help="Execution provider of ONNX Runtime; several in order of preference.  [default: CPUExecutionProvider]",
-)
-@click.option("--threads", type=int, help="Of ONNX Runtime, for one operation.  [default: one a core]")
+@_providers_option
+@_threads_option
 @_debug_option
 def validate(
     folder: Path,
