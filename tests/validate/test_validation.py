@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import re
 import shutil
 from collections.abc import Callable
 from functools import partial
@@ -37,6 +38,10 @@ DRAWN = {
 }  # fmt: skip
 
 
+WHOLE = {"files", "edit", "edit-is-seen", "reference-pictures", "configuration", "weights"}
+SOMETIMES = {"interface", "kept-prompts", "reference"}
+
+
 def pruned(model: Model, share: float, kinds: tuple[str, ...] = ("ffn2",), concept: str = "star") -> Edit:
     """Weights of every site of some kinds pruned at random."""
     generator = torch.Generator().manual_seed(0)
@@ -60,6 +65,13 @@ def bake(model: Model, name: str, edit: Edit, folder: Path, recipe: dict[str, An
     with making(folder, plan, force=False) as place:
         write_artifact(place, plan, base_of(model, name), edit, lower(edit, sites, state), facts)
     return folder
+
+
+def test_the_documentation_names_every_check(root: Path) -> None:
+    text = (root / "docs" / "report.md").read_text(encoding="utf-8")
+    table = text[text.index("## The checks") : text.index("## In CI")]
+    heads = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
+    assert set(re.findall(r"`([a-z-]+)`", " ".join(heads))) == DRAWN | WHOLE | SOMETIMES
 
 
 def rehash(folder: Path) -> None:
@@ -126,9 +138,7 @@ def honest(shapes_artifact: Path) -> tuple[Report, dict[str, bytes], list[float]
 def test_an_honest_artifact_passes(honest, shapes_artifact):
     report, _, _ = honest
     assert set(verdicts(report).values()) == {"pass"}
-    assert verdicts(report).keys() == {
-        *DRAWN, "files", "edit", "edit-is-seen", "reference-pictures", "weights", "configuration",
-    }  # fmt: skip
+    assert verdicts(report).keys() == DRAWN | WHOLE
     assert report.manifest == file_digest(shapes_artifact / "bakeout.json")
     assert (report.base, report.erased, report.profile) == ("shapes", ("star (conceptprune)",), "quick")
     assert report.tolerances == TABLE
