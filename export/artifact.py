@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path, PurePosixPath
+from shlex import quote
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Final, Self
 
@@ -142,7 +143,7 @@ class Artifact:
             raise InputError(f"{runtime!a:.50} is no runtime; choose from {', '.join(RUNTIMES)}")
         target = RUNTIMES[runtime]
         if target not in self.manifest.targets:
-            raise InputError(f"{self.folder} has no {target}/; run `bakeout export {self.folder} --target {target}`")
+            raise InputError(f"{self.folder} has no {target}/; run `bakeout export {quote(str(self.folder))} --target {target}`")
         if runtime == "torch":
             if sessions is not None:
                 raise InputError("torch has no sessions; leave their settings out, or load with onnxruntime")
@@ -279,7 +280,7 @@ class Artifact:
     def _cure(self, name: str) -> str:
         again = "take the artifact from its source again"
         if name.startswith(f"{ONNX}/"):
-            return f"{again}, or run `bakeout export {self.folder} --target {ONNX} --force`"
+            return f"{again}, or run `bakeout export {quote(str(self.folder))} --target {ONNX} --force`"
         return again
 
 

@@ -79,6 +79,14 @@ def test_what_cannot_be_exported_is_exit_2(
     assert not list(tmp_path.iterdir())
 
 
+def test_a_cure_with_a_space_in_it_can_be_pasted(copy: Path, tmp_path: Path) -> None:
+    folder = copy.rename(tmp_path / "my model")
+    (folder / "onnx" / "model_index.json").unlink()
+    refused = invoke("inspect", folder)
+    assert refused.exit_code == 2
+    assert f"run `bakeout export '{folder}' --target onnx --force`" in refused.stderr
+
+
 def test_a_recipe_bakes_its_targets(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def write(model: Any, folder: Path, progress: Any, _started: Any) -> None:
         assert model.path.name == "diffusers"

@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -570,7 +571,7 @@ def _chosen(artifact: Artifact, targets: Sequence[str] | None) -> list[str]:
     there = artifact.manifest.targets
     for target in targets or ():
         if target not in there:
-            cure = f"run `bakeout export {artifact.folder} --target {target}`, or " if target in _RUNTIME_OF else ""
+            cure = f"run `bakeout export {quote(str(artifact.folder))} --target {target}`, or " if target in _RUNTIME_OF else ""
             raise InputError(f"{artifact.folder} has no target {target!a:.50}; {cure}choose from {', '.join(there)}")
     chosen = list(dict.fromkeys(targets or there))
     for target in chosen:

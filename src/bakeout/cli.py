@@ -7,6 +7,7 @@ import sys
 import warnings
 from contextlib import contextmanager
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -339,7 +340,7 @@ def export(folder: Path, target: str, force: bool) -> None:
         opened = Artifact.open(folder, but=target if force else None)
         artifact = opened.export(target, force=force, progress=bar.update, started=bar.set_postfix_str)
     size = sum(file.bytes for name, file in artifact.manifest.files.items() if name.startswith(f"{target}/"))
-    click.echo(f"{folder / target} is written ({size / 1e6:,.0f} MB): draw with bakeout generate {folder}")
+    click.echo(f"{folder / target} is written ({size / 1e6:,.0f} MB): draw with bakeout generate {quote(str(folder))}")
 
 
 @main.command(epilog=_EXIT_CODES)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from math import prod
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from bakeout.editor.errors import InputError
@@ -68,7 +69,7 @@ def describe_validation(artifact: Artifact) -> str:
     from bakeout.validate.report import REPORT, read_report
 
     path = report_folder(artifact.folder) / REPORT
-    again = f"run `bakeout validate {artifact.folder}`"
+    again = f"run `bakeout validate {quote(str(artifact.folder))}`"
     if not path.is_file():
         return f"Not validated: {again}"
     try:
