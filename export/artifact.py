@@ -143,7 +143,8 @@ class Artifact:
             raise InputError(f"{runtime!a:.50} is no runtime; choose from {', '.join(RUNTIMES)}")
         target = RUNTIMES[runtime]
         if target not in self.manifest.targets:
-            raise InputError(f"{self.folder} has no {target}/; run `bakeout export {quote(str(self.folder))} --target {target}`")
+            command = f"bakeout export {quote(str(self.folder))} --target {target}"
+            raise InputError(f"{self.folder} has no {target}/; run `{command}`")
         if runtime == "torch":
             if sessions is not None:
                 raise InputError("torch has no sessions; leave their settings out, or load with onnxruntime")

@@ -571,7 +571,8 @@ def _chosen(artifact: Artifact, targets: Sequence[str] | None) -> list[str]:
     there = artifact.manifest.targets
     for target in targets or ():
         if target not in there:
-            cure = f"run `bakeout export {quote(str(artifact.folder))} --target {target}`, or " if target in _RUNTIME_OF else ""
+            command = f"bakeout export {quote(str(artifact.folder))} --target {target}"
+            cure = f"run `{command}`, or " if target in _RUNTIME_OF else ""
             raise InputError(f"{artifact.folder} has no target {target!a:.50}; {cure}choose from {', '.join(there)}")
     chosen = list(dict.fromkeys(targets or there))
     for target in chosen:
