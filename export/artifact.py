@@ -22,7 +22,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, Final, Self
 
 from bakeout.editor.checkpoint_header import read_header
-from bakeout.editor.errors import InputError
+from bakeout.editor.errors import InputError, not_installed
 from bakeout.editor.model import Model, open_model
 from bakeout.export.checkpoint import Plan, places, write_diffusers, write_synced
 from bakeout.export.manifest import (
@@ -368,10 +368,7 @@ def _onnx_exporter() -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name not in ("onnx", "onnx_ir"):
             raise
-        raise InputError(
-            f"{ONNX} needs the package {error.name}, which is not installed: pip install 'bakeout[cpu]', or "
-            "'bakeout[gpu]' for ONNX Runtime on an NVIDIA GPU"
-        ) from None
+        raise InputError(not_installed(error.name)) from None
     return onnx
 
 

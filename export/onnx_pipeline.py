@@ -34,7 +34,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.clip.modeling_clip import CLIPTextModelOutput
 
 from bakeout.editor.architecture import describe, family_of
-from bakeout.editor.errors import InputError
+from bakeout.editor.errors import InputError, not_installed
 from bakeout.editor.folder import scheduler_part, tokenizer_part
 from bakeout.editor.model_files import read_json
 from bakeout.editor.pipeline import make_pipeline
@@ -344,10 +344,7 @@ def _onnxruntime() -> Any:
     try:
         import onnxruntime
     except ImportError:
-        raise InputError(
-            "onnxruntime is not installed; run `pip install 'bakeout[cpu]'`, or with an NVIDIA GPU "
-            "`pip install 'bakeout[gpu]'`"
-        ) from None
+        raise InputError(not_installed("onnxruntime")) from None
     return onnxruntime
 
 

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from bakeout import __version__
 from bakeout.editor.edit import Edit
-from bakeout.editor.errors import InputError
+from bakeout.editor.errors import InputError, not_installed
 from bakeout.editor.model import Model
 from bakeout.export.artifact import EDIT, RUNTIMES, Artifact
 from bakeout.export.manifest import MANIFEST, Manifest, file_digest, read_manifest
@@ -307,7 +307,7 @@ class _Validation:
         why = None
         missing = [name for name in _NEEDED.get(target, ()) if importlib.util.find_spec(name) is None]
         if missing:
-            why = f"{missing[0]} is not installed: run `pip install 'bakeout[cpu]'`."
+            why = f"{not_installed(missing[0])}."
         elif target == "onnx" and self.sessions is not None and (error := why_not_started(self.sessions)):
             why = (
                 f"ONNX Runtime cannot compute with {', '.join(self.sessions.providers)} on this machine "

@@ -664,7 +664,7 @@ def test_a_missing_package_is_named_before_anything_is_done(
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.delattr(bakeout.export, "onnx")
     monkeypatch.setitem(sys.modules, missing, None)
-    told = rf"onnx needs the package {missing}, which is not installed: pip install 'bakeout\[cpu\]'"
+    told = rf"{missing} is not installed; run `pip install 'bakeout\[cpu\]'`"
     with pytest.raises(InputError, match=told):
         Artifact.open(copy).export("onnx")
     with (
