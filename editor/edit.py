@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property, reduce
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeAlias, cast
+from typing import Any, ClassVar, Literal, TypeAlias, cast, get_args
 
 import numpy as np
 import torch
@@ -37,8 +37,11 @@ _METADATA_KEY = "bakeout.edit"
 _VALUE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Ours, and nothing that could forge a line of a report.
 _SITE_NAME = re.compile(r"\w+(\.\w+)*", re.ASCII)
-# Which rows of a batch an operation on a text encoder acts on: all, or all but those of an empty prompt.
-Rows = Literal["all", "prompted"]
+# Which rows of a batch an operation on a text encoder acts on: all, all but those of an empty prompt, or all but those
+# of a negative prompt, which only the eager reference can tell.
+Rows = Literal["all", "prompted", "conditional"]
+# What a sparse autoencoder does to its input first; see `SteerLatents`.
+InputNorm = Literal["none", "layer_norm", "constant_norm"]
 
 
 class _Operation:
@@ -136,7 +139,7 @@ class ShiftActivation(_Operation):
     Attributes:
         site: a site of any kind.
         value: float [d_out] or [tokens, d_out], v, with the strength in it.
-        rows: `all`, or `prompted`: not those of an empty prompt.
+        rows: `all`; `prompted`: not those of an empty prompt; or `conditional`: not those of a negative prompt.
         neuron: what the shift stands for, as `<SAE's hash>:<neuron>`; of two shifts for one neuron the stronger counts.
         strength: λ, already in `value`.
     """
@@ -167,9 +170,13 @@ class ShiftActivation(_Operation):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class SteerLatents(_Operation):
-    """Neurons of a TopK sparse autoencoder taken out of a site's output: y - sum_r λ_r z_r D_:r.
+    """Neurons of a TopK sparse autoencoder taken out of a site's output: y - s(y) sum_r λ_r z_r D_:r.
 
-    z = relu(topk(E (y - c) + e, k)); of equal activations the lower index counts as the larger.
+        z = relu(topk(E (n(y) - c) + e, k)),  n(y) = (y - t(y)) / s(y)
+
+    Of equal activations the lower index counts as the larger. The norm n is, with t and s of each token alone: `none`,
+    t = 0 and s = 1; `layer_norm`, t = mean(y) and s = std(y) + 1e-5 with d - 1 in the variance; `constant_norm`, t = 0
+    and s = ‖y‖ / sqrt(d).
 
     Attributes:
         site: a site of any kind.
@@ -181,6 +188,7 @@ class SteerLatents(_Operation):
         directions: float [d_out, r], D: the neurons' columns of W_dec.
         strengths: float [r], λ.
         rows: as in ShiftActivation.
+        input_norm: n.
     """
 
     site: str
@@ -192,6 +200,7 @@ class SteerLatents(_Operation):
     directions: Tensor
     strengths: Tensor
     rows: Rows = "all"
+    input_norm: InputNorm = "none"
     rank: ClassVar[int] = 3
 
     def __post_init__(self) -> None:
@@ -209,6 +218,7 @@ class SteerLatents(_Operation):
         _check(self.site, rising and inside, f"the neurons are not rising numbers below {latents}")
         k_fits = type(self.k) is int and 1 <= self.k <= latents
         _check(self.site, k_fits, f"k is {self.k!a:.20}: it must be a whole number between 1 and {latents}")
+        _check(self.site, self.input_norm in get_args(InputNorm), "there is no such norm of the input")
         _check_rows_and_strength(self.site, self.rows, self.strengths.tolist())
 
     @property
@@ -365,8 +375,8 @@ def check_fits(operation: Operation, site: Site) -> None:
             f"this Edit was made for another model: at {site.name} it has width {_sizes(given)} where the model has "
             f"{_sizes(expected)}; use the model that it was made for"
         )
-    if getattr(operation, "rows", "all") == "prompted" and not site.component.startswith("text_encoder"):
-        raise InputError(f"{site.name} sees no prompts, so an operation there cannot skip empty ones; use rows = 'all'")
+    if getattr(operation, "rows", "all") != "all" and not site.component.startswith("text_encoder"):
+        raise InputError(f"{site.name} sees no prompts, so an operation there cannot skip any; use rows = 'all'")
 
 
 def _sizes(sizes: Sequence[int]) -> str:
@@ -403,7 +413,7 @@ def _sort_of(operation: Operation) -> tuple[object, ...]:
     if isinstance(operation, ShiftActivation):
         return operation.rows, operation.neuron or operation.digest
     autoencoder = (operation.encoder, operation.encoder_bias, operation.center)
-    return operation.rows, operation.k, *(_tensor_digest(part) for part in autoencoder)
+    return operation.rows, operation.k, operation.input_norm, *(_tensor_digest(part) for part in autoencoder)
 
 
 def _merge_weight_inputs(group: Sequence[Any]) -> PatchWeightInput:
@@ -435,7 +445,7 @@ def _merge_latents(group: Sequence[Any]) -> SteerLatents:
         first.site, first.encoder, first.encoder_bias, first.center, first.k,
         torch.tensor(neurons), torch.stack([chosen[neuron][1] for neuron in neurons], dim=1),
         torch.tensor([chosen[neuron][0] for neuron in neurons], dtype=_common_dtype([it.strengths for it in group])),
-        first.rows,
+        first.rows, first.input_norm,
     )  # fmt: skip
 
 
@@ -554,5 +564,5 @@ def _check_value(site: str, value: Tensor, shape: tuple[int, ...]) -> None:
 
 
 def _check_rows_and_strength(site: str, rows: str, strengths: Sequence[float]) -> None:
-    _check(site, rows in ("all", "prompted"), "the rows are neither all nor prompted")
+    _check(site, rows in get_args(Rows), f"the rows are none of {', '.join(get_args(Rows))}")
     _check(site, all(math.isfinite(strength) for strength in strengths), "a strength is not finite")

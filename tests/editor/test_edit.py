@@ -66,7 +66,9 @@ OPERATIONS = (
     PatchActivation(FFN2, "output", mask(5, 3), values(5, 3, dtype=torch.float64)),
     ShiftActivation(LAYER, values(7), "prompted", "0123:17", 1.2),
     ShiftActivation(LAYER, values(77, 7)),
+    ShiftActivation(LAYER, values(7, seed=1), "conditional"),
     steer(),
+    steer(1, rows="prompted", input_norm="layer_norm"),
 )
 EDIT = Edit(OPERATIONS, (ORIGIN, Origin("snce", "nudity")))
 
@@ -251,6 +253,7 @@ BAD_RECORDS: dict[str, Callable[[], object]] = {
     "k of too many": lambda: steer(k=6),
     "k of a half": lambda: steer(k=1.5),
     "k as truth": lambda: steer(k=True),
+    "an unknown norm": lambda: steer(input_norm="batch_norm"),
     "an encoder of another width": lambda: steer(center=values(6)),
     "a NaN strength": lambda: steer(strengths=(1.0, float("nan"))),
     "a method with a line break": lambda: Origin("a\nb", "dog"),
@@ -343,6 +346,7 @@ HOSTILE: dict[str, Callable[[Any, dict[str, torch.Tensor]], Any]] = {
     "rows of no kind": put("ShiftActivation", "rows", "few"),
     "rows in a list": put("ShiftActivation", "rows", ["all"]),
     "k of a half": put("SteerLatents", "k", 1.5),
+    "a norm in a list": put("SteerLatents", "input_norm", ["none"]),
     "k beyond all": put("SteerLatents", "k", 10**30),
     "a value of NaN": tensor("ShiftActivation", "value", torch.full((7,), torch.nan)),
     "an infinite value": tensor("PatchActivation", "value", torch.full((7,), torch.inf)),
@@ -499,7 +503,7 @@ def test_of_a_neuron_chosen_twice_the_larger_strength_counts():
 
 
 def test_latents_of_other_autoencoders_rows_or_k_stay_apart():
-    others = (steer(), steer(seed=7), steer(rows="prompted"), steer(k=3))
+    others = (steer(), steer(seed=7), steer(rows="prompted"), steer(k=3), steer(input_norm="layer_norm"))
     assert merge(Edit((it,)) for it in others) == Edit(others)
 
 
@@ -595,6 +599,7 @@ def test_an_operation_fits_its_site(operation, site):
         (PatchWeightInput(LAYER, mask(7, 7)), OUTPUT, "no Linear"),
         (PatchActivation(LAYER, "output", mask(7), values(7)), OUTPUT, "no Linear"),
         (ShiftActivation(FFN2, values(3), "prompted"), LINEAR, "no prompts"),
+        (ShiftActivation(FFN2, values(3), "conditional"), LINEAR, "no prompts"),
     ],
 )
 def test_an_operation_that_does_not_fit_its_site_is_refused(operation, site, message):
