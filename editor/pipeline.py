@@ -43,7 +43,7 @@ def make_pipeline(
     StableDiffusionPipeline, StableDiffusionXLPipeline = pipeline_classes()
     all_parts: dict[str, Any] = dict(networks)
     for name, part in parts.items():
-        all_parts[name] = _scheduler(part) if name == "scheduler" else _tokenizer(part)
+        all_parts[name] = _scheduler(part) if name == "scheduler" else load_tokenizer(part)
     settings = {key: index[key] for key in _SETTINGS.get(family, ()) if key in index}
     if family == "sdxl":
         # Left to itself it marks pictures or not by whether a package is installed.
@@ -101,7 +101,8 @@ def _scheduler(part: Part) -> Any:
         ) from None
 
 
-def _tokenizer(part: Part) -> Any:
+def load_tokenizer(part: Part) -> Any:
+    """The CLIP tokenizer of a part. Raises InputError if it does not load."""
     from transformers import CLIPTokenizer
 
     try:
