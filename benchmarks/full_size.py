@@ -11,7 +11,10 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -24,17 +27,22 @@ from bakeout.editor.model_files import WEIGHT_STEMS
 CONFIGS = single_file.TOKENIZER.parent
 
 
-def write_full_size(name: str, folder: Path, seed: int = 0) -> None:
+def write_full_size(
+    name: str, folder: Path, seed: int = 0, smaller: Mapping[str, Mapping[str, Any]] = MappingProxyType({})
+) -> None:
     """Write the model `name`, a folder of `editor/configs`, into the new folder `folder`.
 
-    Weights are normal with variance 1 / fan-in, norms 1 and biases 0, so that activations keep their size.
+    `smaller` says by component what its configuration has in place of the real values. Weights are normal with variance
+    1 / fan-in, norms 1 and biases 0, so that activations keep their size.
     """
     shutil.copytree(CONFIGS / name, folder)
     index = json.loads((folder / "model_index.json").read_text())
     generator = torch.Generator().manual_seed(seed)
     for component, stem in WEIGHT_STEMS.items():
         if component in index:
-            config = json.loads((folder / component / "config.json").read_text())
+            path = folder / component / "config.json"
+            config = {**json.loads(path.read_text()), **smaller.get(component, {})}
+            path.write_text(json.dumps(config))
             module = build(index[component][1], config)
             state = {key: _random(key, value.shape, generator) for key, value in module.named_parameters()}
             save_file(state, folder / component / f"{stem}.safetensors", metadata={"format": "pt"})

@@ -2,8 +2,9 @@
 
 - `bakeout.json`: see `manifest.py`; written last.
 - `edit.safetensors`: the Edit; a release may leave it out.
-- `diffusers/`: the base's own files with the edited tensors in place; loads without bakeout.
-- `onnx/`: the same model as ONNX graphs, made from `diffusers/`; see `onnx.py`.
+- `diffusers/`: the base's own files with the edited tensors in place; loads without bakeout. Only where the whole edit
+  folds into weights.
+- `onnx/`: the same model as ONNX graphs, made from `diffusers/`, or without it from base and edit; see `onnx.py`.
 """
 
 from __future__ import annotations
@@ -116,7 +117,9 @@ class Artifact:
 
     @cached_property
     def model(self) -> Model:
-        """The baked model, opened. Raises InputError."""
+        """The baked model, opened. Raises InputError, also where there is no diffusers folder."""
+        if DIFFUSERS not in self.manifest.targets:
+            raise InputError(self._no_diffusers())
         return open_model(self.folder / DIFFUSERS)
 
     def load(
@@ -128,6 +131,8 @@ class Artifact:
         sessions: SessionSettings | None = None,
     ) -> Any:
         """The pipeline of diffusers with the baked weights, as `Model.pipeline` makes it.
+
+        It refuses every `clip_skip` that reads hidden states before the edit, with InputError while it draws.
 
         Args:
             runtime: a key of `RUNTIMES`.
@@ -142,35 +147,44 @@ class Artifact:
         if runtime not in RUNTIMES:
             raise InputError(f"{runtime!a:.50} is no runtime; choose from {', '.join(RUNTIMES)}")
         target = RUNTIMES[runtime]
+        if target == DIFFUSERS and target not in self.manifest.targets:
+            raise InputError(f"{self._no_diffusers()}, for example with onnxruntime")
         if target not in self.manifest.targets:
             command = f"bakeout export {quote(str(self.folder))} --target {target}"
             raise InputError(f"{self.folder} has no {target}/; run `{command}`")
         if runtime == "torch":
             if sessions is not None:
                 raise InputError("torch has no sessions; leave their settings out, or load with onnxruntime")
-            return self.model.pipeline(device, dtype)
+            from bakeout.export.hidden_states import guard
+
+            pipeline = self.model.pipeline(device, dtype)
+            guard(pipeline, self.manifest.validity.hidden_states)
+            return pipeline
         if str(device) != "cpu" or str(dtype) not in ("None", "torch.float32"):
             raise InputError("device and dtype are torch's; leave them out, and choose ONNX Runtime's providers")
         from bakeout.export.onnx_pipeline import load_onnx_pipeline
 
-        return load_onnx_pipeline(self.folder / target, sessions)
+        return load_onnx_pipeline(self.folder / target, sessions, self.manifest.validity.hidden_states)
 
     def export(
         self,
         target: str,
         *,
+        base: Model | None = None,
         force: bool = False,
         progress: Callable[[float], object] | None = None,
         started: Callable[[str], object] | None = None,
     ) -> Self:
-        """Add a target, made from `diffusers/`, after every byte of the artifact that stays was checked.
+        """Add a target, after every byte of the artifact that stays was checked.
 
-        The artifact is whole at every moment, with the target or without: it is made anew beside itself, of hard links
-        to its files where the file system has them, and takes its own place at the end. The report of an earlier
-        validation, in `validation_folder`, gets a file `STALE` beside it.
+        It is made from `diffusers/`, or where there is none from the base and the edit. The artifact is whole at every
+        moment, with the target or without: it is made anew beside itself, of hard links to its files where the file
+        system has them, and takes its own place at the end. The report of an earlier validation, in
+        `validation_folder`, gets a file `STALE` beside it.
 
         Args:
             target: `onnx`.
+            base: the model that was edited; needed, and read, only where there is no `diffusers/`.
             force: replace the target where the artifact has it, whole or not.
             progress: called with the part, of one for the whole, that was just written.
             started: called with the name of each graph, before it is traced.
@@ -195,9 +209,11 @@ class Artifact:
                 if target in current.manifest.targets and not force:
                     raise InputError(f"{self.folder} has {target}/ already; replace it with --force")
                 current.verify(but=replaced)
-                _check_room(place.new, self.folder, exporter.size_of_onnx(current.model))
+                model, lowered = current._source(base)
+                remaining = None if lowered is None else lowered.remaining
+                _check_room(place.new, self.folder, exporter.size_of_onnx(model, remaining))
                 current._link_into(place.new, leave_out=target)
-                manifest = _with_onnx(place.new, current.manifest, progress, started)
+                manifest = _with_onnx(place.new, current.manifest, model, lowered, progress, started)
                 write_synced(place.new / MANIFEST, [manifest.to_json()])
                 place.finish()
                 _mark_stale(folder, target)
@@ -206,6 +222,26 @@ class Artifact:
                 f"cannot write {self.folder} ({error.strerror or error}); make room or mend its permissions"
             ) from error
         return type(self).open(self.folder)
+
+    def _source(self, base: Model | None) -> tuple[Model, Lowered | None]:
+        """What a target is made of: the baked model, or where its weights are not here the base and what changes it."""
+        if DIFFUSERS in self.manifest.targets:
+            return self.model, None
+        if base is None or not self.matches(base):
+            raise InputError(
+                f"{self.folder} has no {DIFFUSERS}/ of which a target could be made: give the model "
+                f"{self.manifest.base.name!a:.200} that was edited"
+            )
+        from bakeout.export.lower import lower_onto
+
+        return base, lower_onto(self.edit, base)
+
+    def _no_diffusers(self) -> str:
+        targets = " and ".join(f"{target}/" for target in self.manifest.targets)
+        return (
+            f"{self.folder} has no {DIFFUSERS}/, because its edit is an operation in the graph, or nobody asked for "
+            f"that target: draw with what it has, {targets}"
+        )
 
     def _link_into(self, new: Path, leave_out: str) -> None:
         """Put the artifact's files, but for the manifest and a target, into another folder."""
@@ -299,7 +335,8 @@ def making(folder: Path, plan: Plan, *, force: bool, targets: Collection[str] = 
         InputError: the folder is there, overlaps the base, or cannot be written; the disk is full; or a package that a
             target needs is missing.
     """
-    size = plan.size + (_onnx_exporter().size_of_onnx(plan.model) if ONNX in targets else 0)
+    size = plan.size if DIFFUSERS in targets else 0
+    size += _onnx_exporter().size_of_onnx(plan.model) if ONNX in targets else 0
     target, base = folder.expanduser().resolve(), plan.model.path.resolve()
     if target == base or base in target.parents or target in base.parents:
         raise InputError(f"{folder} and the model {base} lie in one another; choose another folder")
@@ -341,18 +378,23 @@ def write_artifact(
         The artifact, opened.
 
     Raises:
-        InputError: an operation does not fold into weights, or a network cannot be exported.
+        InputError: an operation does not fold into weights and `diffusers` is a target, or a network cannot be
+            exported.
         OSError: a file cannot be written.
     """
-    _refuse_remaining(lowered)
     write_synced(place.new / EDIT, [edit.to_bytes()])
-    write_diffusers(plan, lowered.state, place.new / DIFFUSERS)
     manifest = _manifest(place.new, plan.model, base, edit, lowered, facts)
+    if DIFFUSERS in targets:
+        _refuse_remaining(lowered)
+        write_diffusers(plan, lowered.state, place.new / DIFFUSERS)
+        manifest = _with_diffusers(place.new, manifest, plan.model, lowered)
     if ONNX in targets:
-        manifest = _with_onnx(place.new, manifest, progress)
+        whole = DIFFUSERS in targets
+        model = open_model(place.new / DIFFUSERS) if whole else plan.model
+        manifest = _with_onnx(place.new, manifest, model, None if whole else lowered, progress)
     write_synced(place.new / MANIFEST, [manifest.to_json()])
     place.finish()
-    _mark_stale(place.folder, DIFFUSERS)
+    _mark_stale(place.folder, manifest.targets[0])
     return Artifact.open(place.folder)
 
 
@@ -372,18 +414,36 @@ def _onnx_exporter() -> ModuleType:
     return onnx
 
 
+def _with_diffusers(new: Path, manifest: Manifest, model: Model, lowered: Lowered) -> Manifest:
+    """The manifest with what lies in `diffusers/`."""
+    precision = {
+        component.name: tuple(sorted({component.tensors[it.tensor].dtype for it in component.locations.values()}))
+        for component in model.components.values()
+    }
+    return manifest.model_copy(
+        update={
+            "targets": (DIFFUSERS,), "edited": tuple(_edited(new, model, lowered)), "precision": precision,
+            "files": _files(new, DIFFUSERS),
+        }
+    )  # fmt: skip
+
+
 def _with_onnx(
     new: Path,
     manifest: Manifest,
+    model: Model,
+    lowered: Lowered | None,
     progress: Callable[[float], object] | None,
     started: Callable[[str], object] | None = None,
 ) -> Manifest:
-    """Write `onnx/` from the diffusers folder beside it; the manifest with it."""
+    """Write `onnx/` of the model, with what is still to be changed of it; the manifest with it."""
     exporter = _onnx_exporter()
-    exporter.write_onnx(open_model(new / DIFFUSERS), new / ONNX, progress, started)
+    changes = {} if lowered is None else {"changed": lowered.state, "remaining": lowered.remaining}
+    exporter.write_onnx(model, new / ONNX, progress, started, **changes)
     how = Onnx(opset=exporter.OPSET, precision="fp32", tools={name: version(name) for name in _EXPORT_TOOLS})
     others = {name: file for name, file in manifest.files.items() if not name.startswith(f"{ONNX}/")}
-    return manifest.model_copy(update={"targets": TARGETS, "files": {**others, **_files(new, ONNX)}, "onnx": how})
+    targets = tuple(target for target in TARGETS if target == ONNX or target in manifest.targets)
+    return manifest.model_copy(update={"targets": targets, "files": {**others, **_files(new, ONNX)}, "onnx": how})
 
 
 def _files(new: Path, target: str) -> dict[str, File]:
@@ -426,8 +486,8 @@ def _refuse_remaining(lowered: Lowered) -> None:
 
 
 def _manifest(new: Path, model: Model, base: Base, edit: Edit, lowered: Lowered, facts: Mapping[str, Any]) -> Manifest:
-    components = [name for name, tensors in lowered.state.items() if tensors]
-    return Manifest(
+    """The manifest of an artifact without targets, which is not valid yet."""
+    return Manifest.model_construct(
         version=FORMAT_VERSION,
         base=base,
         edit=edit.digest,
@@ -437,14 +497,12 @@ def _manifest(new: Path, model: Model, base: Base, edit: Edit, lowered: Lowered,
             for it in edit.origins
         ),
         lowering=tuple(_lowering(edit, lowered)),
-        edited=tuple(_edited(new, model, lowered)),
-        validity=validity_of(edit, components),
-        targets=(DIFFUSERS,),
-        precision={
-            component.name: tuple(sorted({component.tensors[it.tensor].dtype for it in component.locations.values()}))
-            for component in model.components.values()
-        },
-        files=_files(new, DIFFUSERS),
+        edited=(),
+        validity=validity_of(edit, model),
+        targets=(),
+        precision={},
+        files={},
+        onnx=None,
         **facts,
     )
 

@@ -134,9 +134,10 @@ class _Writer:
             for place, output in enumerate(made.outputs):
                 output.name = f"{self.node.name}/{number}.{place}"
 
-    def op(self, op_type: str, *inputs: ir.Value | None, **attributes: Any) -> ir.Value:
+    def op(self, op_type: str, *inputs: ir.Value | torch.Tensor | None, **attributes: Any) -> ir.Value:
         """A new node's output."""
-        return self.tape.op(op_type, inputs, attributes)
+        given = [self.constant(it) if isinstance(it, torch.Tensor) else it for it in inputs]
+        return self.tape.op(op_type, given, attributes)
 
     def constant(self, value: torch.Tensor) -> ir.Value:
         """An initializer with a value; equal ones are one."""
@@ -215,6 +216,44 @@ def _cast(w: _Writer, x: ir.Value, *given: object, dtype: torch.dtype | None = N
     return x if wanted == w.dtype() else w.op("Cast", x, to=DTYPES[wanted])
 
 
+def _square(w: _Writer, x: ir.Value) -> ir.Value:
+    return w.op("Mul", x, x)
+
+
+def _logical(op_type: str, w: _Writer, x: _Argument, y: _Argument) -> ir.Value:
+    if w.node.meta["val"].dtype != torch.bool:
+        raise TypeError("not of truth values")
+    return w.op(op_type, x, y)
+
+
+def _reduce(
+    op_type: str, w: _Writer, x: ir.Value, axes: Sequence[int], keepdim: bool = False, *, dtype: object = None
+) -> ir.Value:
+    if w.node.meta["val"].dtype != w.dtype():
+        raise TypeError(f"its result is of another dtype ({dtype})")
+    return w.op(op_type, x, w.integers(*axes), keepdims=int(keepdim))
+
+
+def _any(w: _Writer, x: ir.Value, axis: int, keepdim: bool = False) -> ir.Value:
+    """By a sum of integers, as not every runtime reduces truth values."""
+    count = w.op("ReduceSum", w.op("Cast", x, to=ir.DataType.INT32), w.integers(axis), keepdims=int(keepdim))
+    return w.op("Cast", count, to=ir.DataType.BOOL)
+
+
+def _index_select(w: _Writer, x: ir.Value, axis: int, index: _Argument) -> ir.Value:
+    return w.op("Gather", x, index, axis=axis)
+
+
+def _topk(w: _Writer, x: ir.Value, k: int, axis: int = -1) -> tuple[ir.Value, ...]:
+    return tuple(w.tape.op_multi_out("TopK", [x, w.integers(k)], {"axis": axis}, num_outputs=2))
+
+
+def _where(w: _Writer, condition: _Argument, x: _Argument, y: _Argument) -> ir.Value:
+    if w.dtype(1) != w.dtype(2):
+        raise TypeError("its sides are of two dtypes")
+    return w.op("Where", condition, x, y)
+
+
 def _silu(w: _Writer, x: ir.Value) -> ir.Value:
     return w.op("Mul", x, w.op("Sigmoid", x))
 
@@ -286,7 +325,7 @@ def _attention(
     return w.op("MatMul", w.op("Softmax", scores, axis=-1), v)
 
 
-def _embedding(w: _Writer, weight: ir.Value, index: ir.Value, *_gradients: object) -> ir.Value:
+def _embedding(w: _Writer, weight: ir.Value, index: _Argument, *_gradients: object) -> ir.Value:
     return w.op("Gather", weight, index)
 
 
@@ -348,7 +387,7 @@ def _slice(
     if (begin, end, step) == (0, _END, 1):
         return x
     end = end if isinstance(end, ir.Value) else w.integers(end)
-    return w.op("Slice", w.value(x), w.integers(begin), end, w.integers(axis), w.integers(step))
+    return w.op("Slice", x, w.integers(begin), end, w.integers(axis), w.integers(step))
 
 
 def _chunk(w: _Writer, x: ir.Value, count: int, axis: int = 0) -> tuple[ir.Value, ...]:
@@ -358,7 +397,7 @@ def _chunk(w: _Writer, x: ir.Value, count: int, axis: int = 0) -> tuple[ir.Value
 
 
 def _concat(w: _Writer, parts: Sequence[_Argument], axis: int = 0) -> ir.Value:
-    return w.op("Concat", *map(w.value, parts), axis=axis)
+    return w.op("Concat", *parts, axis=axis)
 
 
 def _pad(w: _Writer, x: ir.Value, pads: Sequence[int], mode: str = "constant", value: float | None = None) -> ir.Value:
@@ -392,7 +431,7 @@ def _index(w: _Writer, x: ir.Value, indices: Sequence[ir.Value]) -> ir.Value:
     fakes: list[Any] = [None if it is None else it.meta["val"] for it in w.node.args[1]]  # type: ignore[union-attr]
     if any(it is None or it.ndim != 1 or it.dtype != torch.int64 for it in fakes):
         raise TypeError("not by vectors of integers alone")
-    columns = [w.op("Unsqueeze", w.value(it), w.integers(-1)) for it in indices]
+    columns = [w.op("Unsqueeze", it, w.integers(-1)) for it in indices]
     return w.op("GatherND", x, w.op("Concat", *columns, axis=-1))
 
 
@@ -400,8 +439,11 @@ _aten = torch.ops.aten
 _OPERATORS: Mapping[object, Callable[..., _Argument]] = {
     operator.getitem: lambda _, values, place: values[place],
     operator.mul: _integer_product,
+    _aten.__and__.Tensor: partial(_logical, "And"),
+    _aten.__or__.Tensor: partial(_logical, "Or"),
     _aten._assert_tensor_metadata.default: _checked,
     _aten.add.Tensor: partial(_binary, "Add"),
+    _aten.any.dim: _any,
     _aten.arange.default: _arange,
     _aten.argmax.default: _argmax,
     _aten.cat.default: _concat,
@@ -415,31 +457,44 @@ _OPERATORS: Mapping[object, Callable[..., _Argument]] = {
     _aten.dropout.default: _dropout,
     _aten.embedding.default: _embedding,
     _aten.eq.Scalar: partial(_binary, "Equal"),
+    _aten.eq.Tensor: partial(_binary, "Equal"),
     _aten.exp.default: partial(_unary, "Exp"),
     _aten.expand.default: _expand,
     _aten.flatten.using_ints: _reshape,
     _aten.gelu.default: _gelu,
     _aten.group_norm.default: _group_norm,
+    _aten.gt.Tensor: partial(_binary, "Greater"),
     _aten.index.Tensor: _index,
+    _aten.index_select.default: _index_select,
     _aten.layer_norm.default: _layer_norm,
     _aten.le.Tensor: partial(_binary, "LessOrEqual"),
     _aten.linear.default: _linear,
+    _aten.logical_not.default: partial(_unary, "Not"),
+    _aten.lt.Scalar: partial(_binary, "Less"),
+    _aten.lt.Tensor: partial(_binary, "Less"),
+    _aten.mean.dim: partial(_reduce, "ReduceMean"),
     _aten.mul.Tensor: partial(_binary, "Mul"),
     _aten.pad.default: _pad,
     _aten.permute.default: _permute,
+    _aten.relu.default: partial(_unary, "Relu"),
     _aten.reshape.default: _reshape,
     _aten.scaled_dot_product_attention.default: _attention,
     _aten.sigmoid.default: partial(_unary, "Sigmoid"),
     _aten.silu.default: _silu,
     _aten.sin.default: partial(_unary, "Sin"),
     _aten.slice.Tensor: _slice,
+    _aten.sqrt.default: partial(_unary, "Sqrt"),
+    _aten.square.default: _square,
     _aten.sub.Tensor: partial(_binary, "Sub"),
+    _aten.sum.dim_IntList: partial(_reduce, "ReduceSum"),
     _aten.sym_size.int: _size,
     _aten.to.device: _cast,
     _aten.to.dtype: _cast,
     _aten.to.dtype_layout: _cast,
+    _aten.topk.default: _topk,
     _aten.transpose.int: _transpose,
     _aten.unsqueeze.default: _unsqueeze,
     _aten.upsample_nearest2d.vec: _upsample,
     _aten.view.default: _reshape,
+    _aten.where.self: _where,
 }

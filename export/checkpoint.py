@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
@@ -151,15 +152,23 @@ def parameter_shape(component: Component, parameter: str) -> tuple[int, ...]:
     return _shape(component.tensors[location.tensor], location)
 
 
-def read_parameter(component: Component, parameter: str) -> bytes:
+def read_parameter(component: Component, parameter: str, new: Mapping[str, Tensor] = MappingProxyType({})) -> bytes:
     """The bytes of a parameter, by its name in memory, in the dtype that is stored.
+
+    Args:
+        component: whose it is.
+        parameter: its name.
+        new: stored tensors that are replaced, as in `Changed`.
 
     Raises:
         InputError: the file became shorter since it was opened.
+        ValueError: the replaced tensor is of another dtype or shape.
     """
     location = component.locations[parameter]
     stored = component.tensors[location.tensor]
-    return _parameter(stored, location, b"".join(read_tensor(stored)))
+    replaced = new.get(location.tensor)
+    raw = b"".join(read_tensor(stored)) if replaced is None else _bytes_for(stored, replaced)
+    return _parameter(stored, location, raw)
 
 
 def _plan_of_folder(model: Model) -> Plan:

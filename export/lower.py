@@ -16,7 +16,8 @@ Whatever does not fold stays in an Edit of its own, to be applied to the folded 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Literal
 
@@ -34,7 +35,9 @@ from bakeout.editor.edit import (
     merge,
 )
 from bakeout.editor.errors import InputError
+from bakeout.editor.model import Model
 from bakeout.editor.sites import Site
+from bakeout.export.steer import gate_of
 
 State = Mapping[str, Mapping[str, Tensor]]
 _FOLDABLE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -49,6 +52,7 @@ class Realisation:
         operation: its class.
         how: `folded` into stored tensors, or left to the `graph`.
         reason: where it was folded to, or why it was not.
+        cost: what it costs at run time, in words.
         rounding: relative RMS error of the changed entries of the bias that it was folded into, stored against fp64;
             0 where it only writes zeros into a weight, None in the graph.
     """
@@ -57,6 +61,7 @@ class Realisation:
     operation: str
     how: Literal["folded", "graph"]
     reason: str
+    cost: str
     rounding: float | None
 
 
@@ -74,6 +79,13 @@ class Lowered:
     state: dict[str, dict[str, Tensor]]
     realisations: tuple[Realisation, ...]
     remaining: Edit
+
+
+def lower_onto(edit: Edit, model: Model) -> Lowered:
+    """`lower` with the tensors of `model`, of which those that are touched are read. Raises what `lower` raises."""
+    sites = {site.name: site for site in model.sites}
+    touched = touched_tensors(edit, sites)
+    return lower(edit, sites, {component: _read(model, component, names) for component, names in touched.items()})
 
 
 def lower(edit: Edit, sites: Mapping[str, Site], state: State) -> Lowered:
@@ -100,10 +112,11 @@ def lower(edit: Edit, sites: Mapping[str, Site], state: State) -> Lowered:
                 changed[plan.linear.component][name] = tensor
         for it in plan.folded:
             place, error = _place(it, plan.linear), rounding if _writes_bias(it, plan.linear) else 0.0
-            realisations.append(Realisation(it.site, type(it).__name__, "folded", place, error))
+            realisations.append(Realisation(it.site, type(it).__name__, "folded", place, "nothing at run time", error))
+        kept = [it for it, _ in plan.kept]
         for it, reason in plan.kept:
-            realisations.append(Realisation(it.site, type(it).__name__, "graph", reason, None))
-            remaining.append(it)
+            realisations.append(Realisation(it.site, type(it).__name__, "graph", reason, _cost(it, kept, sites), None))
+        remaining += kept
     return Lowered(dict(changed), tuple(realisations), Edit(tuple(remaining), edit.origins))
 
 
@@ -155,7 +168,7 @@ def _why_not_alone(operation: Operation, linear: Site) -> str | None:
     if isinstance(operation, SteerLatents):
         return "what it takes out depends on the activation"
     if isinstance(operation, ShiftActivation) and operation.rows != "all":
-        return "it skips the rows of empty prompts"
+        return f"it skips the rows of {'empty' if operation.rows == 'prompted' else 'negative'} prompts"
     constant = operation.value if isinstance(operation, ShiftActivation) else operation.mask
     if constant.ndim == 2 and not isinstance(operation, PatchWeightInput):
         return "it differs from token to token"
@@ -179,6 +192,34 @@ def _why_not_first(operation: Operation, staying: Sequence[Operation]) -> str | 
             if isinstance(other, SteerLatents) and _reads_what_shifts(other, operation):
                 return f"the latents at {other.site}, which stay in the graph, are those of the unshifted activation"
     return None
+
+
+def _cost(operation: Operation, kept: Sequence[Operation], sites: Mapping[str, Site]) -> str:
+    """What an operation costs in the graph; `kept` are all that stay at its Linear or the layer around it."""
+    site = _site(sites, operation.site)
+    if isinstance(operation, PatchWeightInput | PatchActivation) or not site.component.startswith("text_encoder"):
+        return "not known: no graph can hold it yet"
+    rows = ", the test for empty prompts" if operation.rows == "prompted" else ""
+    if isinstance(operation, ShiftActivation):
+        shifts = [it for it in kept if isinstance(it, ShiftActivation)]
+        together = [it.value for it in shifts if (it.site, it.rows) == (operation.site, operation.rows)]
+        shape = max(([*value.shape] for value in together), key=len)
+        others = len(together) - 1
+        shared = f", shared with {others} other{'s' * (others > 1)}" if others else ""
+        return f"one more Add of {shape}{shared}{rows}"
+    count, latents = len(operation.neurons), len(operation.encoder)
+    gated = operation.k < latents
+    # Without a gate only the neurons' own rows of the encoder are needed.
+    products = ((latents if gated else count) + count) * site.d_out
+    share = products / _products(sites, site.component)
+    gate = ("the rank test" if gate_of(operation) == "rank" else "TopK") if gated else "no gate"
+    return f"{share:.1%} more multiply-adds a token, {4e-6 * products:.1f} MB of constants, {gate}{rows}"
+
+
+def _products(sites: Mapping[str, Site], component: str) -> int:
+    """The multiply-adds a token of the Linears in a text encoder's layers: four of attention, two of the FFN."""
+    ffn2 = [it for it in sites.values() if it.component == component and it.kind == "text_ffn2"]
+    return sum(4 * it.d_out**2 + 2 * it.d_in * it.d_out for it in ffn2)
 
 
 def _overlap(shift: ShiftActivation, patch: PatchActivation) -> bool:
@@ -308,6 +349,17 @@ def _relative_error(actual: Tensor, exact: Tensor, where: Tensor) -> float:
 
 def _same_bits(first: Tensor, second: Tensor) -> bool:
     return torch.equal(first.contiguous().view(torch.uint8), second.contiguous().view(torch.uint8))
+
+
+def _read(model: Model, component: str, names: Iterable[str]) -> dict[str, Tensor]:
+    from safetensors import safe_open
+
+    stored = model.components[component].tensors
+    with ExitStack() as stack:
+        files = {
+            file: stack.enter_context(safe_open(file, framework="pt")) for file in {stored[name].file for name in names}
+        }
+        return {name: files[stored[name].file].get_tensor(name) for name in sorted(names)}
 
 
 def _site(sites: Mapping[str, Site], name: str) -> Site:

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+import re
+from collections import defaultdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Final, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
 
@@ -39,6 +40,7 @@ Name = Annotated[Text, Field(min_length=1)]
 # No part begins with a dot, so none leads out of the folder.
 FileName = Annotated[Text, Field(pattern=r"^(diffusers|onnx)(/[\w-][\w.-]*){1,2}$", max_length=300)]
 WeightsName = Annotated[FileName, Field(pattern=r"^diffusers/")]
+_TEXT_SITE = re.compile(r"(?P<component>text_encoder\w*)\.layer\.(?P<layer>\d+)")
 # As an operation's site is checked in `bakeout.editor.edit`, which imports torch.
 SiteName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*$", max_length=2000)]
 
@@ -86,7 +88,7 @@ class Source(_Record):
 
 
 class Lowering(_Record):
-    """How much one operation touches, how it was realised, why so, and the relative error of rounding it."""
+    """How much one operation touches, how it was realised, why so, at what cost, and the rounding's relative error."""
 
     site: SiteName
     operation: Literal["PatchWeightInput", "PatchActivation", "ShiftActivation", "SteerLatents"]
@@ -95,6 +97,7 @@ class Lowering(_Record):
     unit: Name
     how: Literal["folded", "graph"]
     reason: Text
+    cost: Text
     rounding: float | None
 
     @model_validator(mode="after")
@@ -105,10 +108,22 @@ class Lowering(_Record):
 
 
 class Validity(_Record):
-    """Where the artifact does what the method does, and what undoes or reveals the edit."""
+    """Where the artifact does what the method does, and what weakens, undoes or reveals the edit.
+
+    Attributes:
+        resolutions: of pictures.
+        schedules: of denoising steps.
+        hidden_states: of each edited text encoder, the first hidden state that the whole edit reaches; those before it
+            are ways around it.
+        limits: where the method itself is weaker.
+        bypasses: what undoes the edit.
+        reveals: what the artifact tells of it.
+    """
 
     resolutions: Literal["any"]
     schedules: Literal["any"]
+    hidden_states: dict[Name, Annotated[int, Field(ge=1)]]
+    limits: tuple[Text, ...]
     bypasses: tuple[Text, ...]
     reveals: Text
 
@@ -138,10 +153,10 @@ class Manifest(_Record):
         edit_file: SHA-256 of `edit.safetensors` as it was written.
         edits: where the Edit comes from.
         lowering: one entry an operation.
-        edited: every tensor that differs from the base.
+        edited: every tensor in `diffusers` that differs from the base.
         validity: where the edit holds.
-        targets: the formats in the folder, each a folder in it; `diffusers` always.
-        precision: component → dtypes as stored in `diffusers`.
+        targets: the formats in the folder, each a folder in it; `diffusers` only where the whole edit folds.
+        precision: component → dtypes as stored in `diffusers`; nothing without it.
         calibration: on which kind of device, and in which dtype, the methods ran the model.
         recipe: the recipe, without the folders of the machine.
         tools: versions; another version, or another machine, may round otherwise.
@@ -167,9 +182,15 @@ class Manifest(_Record):
 
     @model_validator(mode="after")
     def _has_what_it_names(self) -> Self:
-        if set(self.targets) != {name.partition("/")[0] for name in self.files} or "diffusers" not in self.targets:
+        if set(self.targets) != {name.partition("/")[0] for name in self.files}:
             raise ValueError("its targets are not those of its files")
-        if len(set(self.targets)) < len(self.targets) or (self.onnx is None) == ("onnx" in self.targets):
+        if "diffusers" not in self.targets and (self.edited or self.precision):
+            raise ValueError("it tells of weights that it does not have")
+        if (
+            not self.targets
+            or len(set(self.targets)) < len(self.targets)
+            or (self.onnx is None) == ("onnx" in self.targets)
+        ):
             raise ValueError("it names a target twice, or one without saying how it was written")
         return self
 
@@ -212,19 +233,73 @@ def base_of(model: Model, source: str) -> Base:
     return Base.model_validate({"name": name, "family": model.family, "format": model.format, "components": components})
 
 
-def validity_of(edit: Edit, components: Iterable[str]) -> Validity:
-    """What holds for an edit that was folded into the weights of `components`."""
-    bypasses = [
-        "training the model further, or merging its weights with those of others (a checkpoint, a dense LoRA)",
-        "quantising the weights with a zero point, which keeps no zero",
-    ]
-    if any(component.startswith("text_encoder") for component in components):
+def validity_of(edit: Edit, model: Model) -> Validity:
+    """What holds for an edit that was baked into `model`."""
+    operations = [(type(it).__name__, it) for it in edit.operations]
+    pruned = any(kind == "PatchWeightInput" for kind, _ in operations)
+    states = first_states(edit)
+    bypasses = ["training the model further, or merging its weights with those of others (a checkpoint, a dense LoRA)"]
+    if pruned:
+        bypasses.append("quantising the weights with a zero point, which keeps no zero")
+    if states:
         bypasses.append("a text encoder from elsewhere, as some programs bring along, or given prompt embeddings")
-        bypasses.append("a clip skip past the edited layer")
-    pruned = any(type(operation).__name__ == "PatchWeightInput" for operation in edit.operations)
+    bypasses += [_around(model, component, first) for component, first in states.items()]
     zeros = "zeros at known places tell what was pruned (arXiv 2603.06640), and " if pruned else ""
-    reveals = f"{zeros}whoever has the base and these weights can take the difference"
-    return Validity(resolutions="any", schedules="any", bypasses=tuple(bypasses), reveals=reveals)
+    return Validity(
+        resolutions="any",
+        schedules="any",
+        hidden_states=states,
+        limits=tuple(dict.fromkeys(limit for kind, it in operations if (limit := _limit(kind, it)))),
+        bypasses=tuple(bypasses),
+        reveals=f"{zeros}whoever has the base and this model can take the difference",
+    )
+
+
+def first_states(edit: Edit) -> dict[str, int]:
+    """Of each text encoder that `edit` acts on, the first hidden state that all of it reaches.
+
+    What acts on layer i reaches hidden state i + 1. Prunings, which are spread over layers, count with their first one.
+    """
+    layers: dict[str, tuple[list[int], list[int]]] = defaultdict(lambda: ([], []))
+    for operation in edit.operations:
+        if match := _TEXT_SITE.match(operation.site):
+            spread = type(operation).__name__ == "PatchWeightInput"
+            layers[match["component"]][not spread].append(int(match["layer"]))
+    return {
+        component: max([*others, *([min(spread)] if spread else [])]) + 1
+        for component, (spread, others) in sorted(layers.items())
+    }
+
+
+def max_clip_skip(family: str, layers: int, first: int) -> int:
+    """The largest `clip_skip` of diffusers that reads hidden state `first` or a later one; below 1 there is none.
+
+    Args:
+        family: of the model; SDXL's pipelines skip one layer more.
+        layers: of the text encoder, which has one hidden state more.
+        first: of its hidden states.
+    """
+    return layers - first - (family == "sdxl")
+
+
+def _around(model: Model, component: str, first: int) -> str:
+    layers = model.components[component].config["num_hidden_layers"]
+    largest = max_clip_skip(model.family, layers, first)
+    skips = f"a clip skip above {largest}" if largest > 0 else "any clip skip"
+    before = "hidden_states.0" + (f" to hidden_states.{first - 1}" if first > 1 else "")
+    return f"{skips}, which reads {component}'s {before}, before the edit"
+
+
+def _limit(kind: str, operation: Any) -> str | None:
+    """Where a shift of a text encoder, which is the same whatever the prompt says, is weaker."""
+    if kind != "ShiftActivation" or not _TEXT_SITE.match(operation.site):
+        return None
+    if operation.rows == "all":
+        return (
+            "guidance subtracts what the shift does to the empty or negative prompt, so the erasure is weaker the "
+            "larger the guidance scale is"
+        )
+    return "with a negative prompt, guidance subtracts what the shift does to it, so the erasure is weaker"
 
 
 def tensor_digest(tensor: StoredTensor) -> str:

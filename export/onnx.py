@@ -6,17 +6,29 @@
 The networks are traced without weights, which are then copied tensor by tensor from the model's files, widened to fp32.
 An initializer has the name of the stored tensor that it holds, where it holds it as it stands, else the parameter's
 name in memory; always in PyTorch's orientation. The same model gives the same bytes.
+
+What of an Edit does not fold into the weights becomes a part of its text encoder's graph. At a site S, say
+text_encoder.layer.9, its constants are initializers, fp32 and in the orientation of the Edit,
+
+    bakeout.S.shift.all  bakeout.S.shift.prompted                        [d] or [tokens, d]: sums over the site
+    bakeout.S.latents.N.encoder|encoder_bias|center|directions|strengths|neurons    of the N-th SteerLatents
+    bakeout.S.blank                                                      int64: the tokens of an empty prompt
+
+(see `bakeout.export.steer`), its nodes are named bakeout/S/..., and the one whose output takes the place of the site's
+output is bakeout/S/edited.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from math import prod
 from pathlib import Path
-from typing import Any, Final
+from types import MappingProxyType
+from typing import Any, Final, cast
 
 import onnx
 import onnx_ir as ir
@@ -25,14 +37,16 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim, ExportedProgram, export
-from torch.nn import Module
+from torch.nn import Module, ModuleList
 
 from bakeout.editor.architecture import build
+from bakeout.editor.edit import Edit
 from bakeout.editor.errors import InputError
 from bakeout.editor.model import Component, Model, Part
 from bakeout.editor.weights import make_position_ids
 from bakeout.export.aten import graph_from_program
-from bakeout.export.checkpoint import parameter_shape, read_parameter, sync_files, write_synced
+from bakeout.export.checkpoint import Changed, parameter_shape, read_parameter, sync_files, write_synced
+from bakeout.export.steer import Gate, SiteEdit, edits_of
 from bakeout.export.tokenizer import as_json, tokenizer_files
 
 # The oldest with Gelu. ONNX Runtime 1.31 does not care on a CPU: a UNet as wide as that of SD 1.5 took 1.00 of the time
@@ -91,6 +105,7 @@ class Graph:
         module: of the component, without weights; takes the inputs and returns the outputs as a tuple.
         inputs: by name, in order.
         outputs: name → dynamic dimensions, in order.
+        edits: what happens at sites of the graph; submodules `edits.0` … of `module`.
     """
 
     name: str
@@ -99,18 +114,32 @@ class Graph:
     module: Module
     inputs: Mapping[str, Input]
     outputs: Mapping[str, _Dims]
+    edits: Sequence[SiteEdit] = ()
 
 
 class _TextEncoder(Module):
-    def __init__(self, network: Module, first: tuple[str, ...], *, hidden_states: bool) -> None:
+    def __init__(
+        self, network: Module, first: tuple[str, ...], edits: Sequence[SiteEdit], *, hidden_states: bool
+    ) -> None:
         super().__init__()
         self.network = network
+        self.edits = ModuleList(edits)
         self._first = first
         self._hidden_states = hidden_states
 
     def forward(self, input_ids: Tensor) -> tuple[Tensor, ...]:
-        output = self.network(input_ids, output_hidden_states=self._hidden_states)
+        with ExitStack() as stack:
+            for edit in cast(Sequence[SiteEdit], self.edits):
+                module = self.network.get_submodule(edit.site.module)
+                hook = partial(_edited_output, edit, input_ids)
+                # Before the library's own, which records hidden states.
+                stack.callback(module.register_forward_hook(hook, prepend=True).remove)
+            output = self.network(input_ids, output_hidden_states=self._hidden_states)
         return (*(output[name] for name in self._first), *(output.hidden_states if self._hidden_states else ()))
+
+
+def _edited_output(edit: SiteEdit, input_ids: Tensor, _module: Module, _args: object, output: Tensor) -> Tensor:
+    return cast(Tensor, edit(output, input_ids))
 
 
 class _UNet(Module):
@@ -155,6 +184,10 @@ def write_onnx(
     folder: Path,
     progress: Callable[[float], object] | None = None,
     started: Callable[[str], object] | None = None,
+    *,
+    changed: Changed = MappingProxyType({}),
+    remaining: Edit | None = None,
+    gate: Gate | None = None,
 ) -> None:
     """Write the ONNX folder of `model`: networks, scheduler and tokenizers, every file flushed to the disk.
 
@@ -163,22 +196,31 @@ def write_onnx(
         folder: is made; must not exist.
         progress: called with the part, of one for the whole, that was just written.
         started: called with the name of each graph, before it is traced.
+        changed: component → stored tensor's name → what takes its place, as `Lowered.state`.
+        remaining: the operations that go into the graphs, as `Lowered.remaining`.
+        gate: how the graphs tell the k largest latents; None is whatever is faster.
 
     Raises:
-        InputError: a network has an operator or a parameter that cannot be exported, or a file of the model changed
-            meanwhile.
+        InputError: an operation of `remaining` has no form in a graph; a network has an operator or a parameter that
+            cannot be exported; or a file of the model changed meanwhile.
         OSError: a file cannot be written.
+        ValueError: a replaced tensor is none that a parameter is read from, or of another dtype or shape.
     """
+    for name, tensors in changed.items():
+        if strange := tensors.keys() - {location.tensor for location in model.components[name].locations.values()}:
+            raise ValueError(f"no parameter of the {name} is read from {min(strange)}")
+    edits = edits_of(remaining, model, gate) if remaining is not None else {}
     folder.mkdir(parents=True)
     used: dict[str, set[str]] = {name: set() for name in model.components}
     size = size_of_onnx(model)
-    for graph in graphs_of(model):
+    for graph in graphs_of(model, edits):
         if started is not None:
             started(graph.name)
         home = folder / graph.name
         home.mkdir()
         write_synced(home / "config.json", [as_json(graph.config)])
-        used[graph.component.name] |= _write_graph(graph, home, lambda count: progress and progress(count / size))
+        new = changed.get(graph.component.name, {})
+        used[graph.component.name] |= _write_graph(graph, home, new, lambda count: progress and progress(count / size))
     for name, component in model.components.items():
         if left := component.locations.keys() - used[name]:
             raise InputError(
@@ -192,13 +234,19 @@ def write_onnx(
     write_synced(folder / "model_index.json", [as_json(_index(model))])
 
 
-def size_of_onnx(model: Model) -> int:
-    """How many bytes the weights take in an ONNX folder; everything else is a few MB."""
-    return sum(_bytes(component, name) for component in model.components.values() for name in component.locations)
+def size_of_onnx(model: Model, remaining: Edit | None = None) -> int:
+    """How many bytes the weights and the constants of `remaining` take in an ONNX folder; the rest is a few MB."""
+    operations = () if remaining is None else remaining.operations
+    constants = [it for operation in operations for it in vars(operation).values() if isinstance(it, Tensor)]
+    weights = sum(_bytes(component, name) for component in model.components.values() for name in component.locations)
+    return weights + _FILE_BYTES * sum(it.numel() for it in constants)
 
 
-def graphs_of(model: Model) -> Iterator[Graph]:
-    """The graphs of a model's ONNX folder, in order; their modules have no weights."""
+def graphs_of(model: Model, edits: Mapping[str, Sequence[SiteEdit]] = MappingProxyType({})) -> Iterator[Graph]:
+    """The graphs of a model's ONNX folder, in order; their modules have no weights but the constants of `edits`.
+
+    `edits` are by component, as `edits_of` gives them.
+    """
     for component in model.components.values():
         network: Any = build(component.class_name, component.config).eval()
         config = _config(network, component)
@@ -209,18 +257,29 @@ def graphs_of(model: Model) -> Iterator[Graph]:
         else:
             # Of several text encoders the pipelines take hidden states; of one, the last.
             states = config["num_hidden_layers"] + 1 if model.family == "sdxl" else 0
-            yield _text_graph(component, config, network, states)
+            yield _text_graph(component, config, network, states, edits.get(component.name, ()))
 
 
-def _text_graph(component: Component, config: Mapping[str, Any], network: Any, states: int) -> Graph:
-    batch, tokens = {0: "batch_size"}, {0: "batch_size", 1: "sequence_length"}
+def _text_graph(
+    component: Component, config: Mapping[str, Any], network: Any, states: int, edits: Sequence[SiteEdit]
+) -> Graph:
+    longest = config["max_position_embeddings"]
+    # ONNX Runtime would broadcast one token to the length of a constant.
+    length = next((edit.tokens for edit in edits if edit.tokens is not None), None)
+    if length is not None and length > longest:
+        raise InputError(
+            f"the Edit of the {component.name} is for {length} tokens where the model has {longest}; use the model "
+            "that it was made for"
+        )
+    batch: dict[int, str] = {0: "batch_size"}
+    tokens = batch if length is not None else {**batch, 1: "sequence_length"}
     last = {"last_hidden_state": tokens}
     projects = component.class_name.endswith("WithProjection")
     outputs: dict[str, _Dims] = {"text_embeds": batch, **last} if projects else {**last, "pooler_output": batch}
-    module = _TextEncoder(network, tuple(outputs), hidden_states=states > 0)
+    module = _TextEncoder(network, tuple(outputs), edits, hidden_states=states > 0)
     outputs |= {f"hidden_states.{layer}": tokens for layer in range(states)}
-    ids = Input((2, config["max_position_embeddings"]), tokens, dtype=torch.int64)
-    return Graph(component.name, component, config, module, {"input_ids": ids}, outputs)
+    ids = Input((2, length or longest), tokens, dtype=torch.int64)
+    return Graph(component.name, component, config, module, {"input_ids": ids}, outputs, edits)
 
 
 def _unet_graph(component: Component, config: Mapping[str, Any], network: Any) -> Graph:
@@ -259,31 +318,51 @@ def _vae_graphs(component: Component, config: Mapping[str, Any], network: Any) -
     )  # fmt: skip
 
 
-def _write_graph(graph: Graph, home: Path, progress: Callable[[int], object]) -> set[str]:
-    """Write a graph with its weights, and return the names of the parameters that it has.
+def _write_graph(graph: Graph, home: Path, new: Mapping[str, Tensor], progress: Callable[[int], object]) -> set[str]:
+    """Write a graph with its weights, of which `new` are replaced, and return the names of the parameters that it has.
 
     `progress` is called with the bytes of each weight.
     """
     component = graph.component
     names = {name: _initializer(component, name) for name in component.locations}
-    traced = graph_from_program(_trace(graph), {f"network.{name}": new for name, new in names.items()}, OPSET)
+    parameters = {f"network.{name}": initializer for name, initializer in names.items()}
+    constants: dict[str, Tensor] = {}
+    for number, edit in enumerate(graph.edits):
+        for name, constant in edit.named_parameters():
+            parameters[f"edits.{number}.{name}"] = initializer = f"bakeout.{edit.site.name}.{name}"
+            constants[initializer] = constant.data
+    traced = graph_from_program(_trace(graph), parameters, OPSET)
+    _name_edits(traced, graph.edits)
     model = ir.Model(traced, ir_version=_IR_VERSION, producer_name="bakeout")
     RemoveUnusedNodesPass()(model)
     _name(traced.inputs, {name: it.dims for name, it in graph.inputs.items()})
     _name(traced.outputs, graph.outputs)
-    used = {name for name, new in names.items() if new in traced.initializers}
+    used = {name for name, initializer in names.items() if initializer in traced.initializers}
     for name in used:
         value = traced.initializers[names[name]]
-        read = partial(_weights, component, name, progress)
+        read = partial(_weights, component, name, new, progress)
         value.const_value = ir.LazyTensor(
             read, ir.DataType.FLOAT, ir.Shape(parameter_shape(component, name)), name=value.name
         )
+    for initializer, tensor in constants.items():
+        traced.initializers[initializer].const_value = ir.tensor(tensor.numpy(), name=initializer)
     path = home / "model.onnx"
-    large = sum(_bytes(component, name) for name in used) > _MAX_INLINE
+    size = sum(_bytes(component, name) for name in used) + sum(it.nbytes for it in constants.values())
+    large = size > _MAX_INLINE
     _save(model, path, _DATA if large else None)
     sync_files(home)
     onnx.checker.check_model(path, full_check=True)
     return used
+
+
+def _name_edits(traced: ir.Graph, edits: Sequence[SiteEdit]) -> None:
+    """Give the nodes of edits their names; the last of each makes what goes on."""
+    for number, edit in enumerate(edits):
+        home = f"edits.{number}"
+        nodes = [(node, name) for node in traced if (name := node.name or "").startswith((f"{home}.", f"{home}/"))]
+        for node, name in nodes:
+            node.name = f"bakeout/{edit.site.name}/{name.removeprefix(home).lstrip('./')}"
+        nodes[-1][0].name = f"bakeout/{edit.site.name}/edited"
 
 
 def _save(model: ir.Model, path: Path, external_data: str | None) -> None:
@@ -311,8 +390,10 @@ def _trace(graph: Graph) -> ExportedProgram:
     make_position_ids(module, "cpu")
     with FakeTensorMode(allow_non_fake_inputs=True):
         module.load_state_dict(
-            {name: torch.empty(it.shape, dtype=torch.float32) for name, it in module.state_dict().items()}, assign=True
-        )
+            {name: torch.empty(it.shape, dtype=torch.float32 if it.is_floating_point() else it.dtype)
+             for name, it in module.state_dict().items()},
+            assign=True,
+        )  # fmt: skip
         example = tuple(torch.zeros(it.shape, dtype=it.dtype) for it in graph.inputs.values())
         return export(module, example, dynamic_shapes=tuple(it.dynamic for it in graph.inputs.values()))
 
@@ -326,9 +407,11 @@ def _bytes(component: Component, parameter: str) -> int:
     return _FILE_BYTES * prod(parameter_shape(component, parameter))
 
 
-def _weights(component: Component, parameter: str, progress: Callable[[int], object]) -> ir.TensorProtocol:
+def _weights(
+    component: Component, parameter: str, new: Mapping[str, Tensor], progress: Callable[[int], object]
+) -> ir.TensorProtocol:
     dtype = component.tensors[component.locations[parameter].tensor].dtype
-    stored = torch.frombuffer(bytearray(read_parameter(component, parameter)), dtype=_STORED[dtype])
+    stored = torch.frombuffer(bytearray(read_parameter(component, parameter, new)), dtype=_STORED[dtype])
     values = stored.float().reshape(parameter_shape(component, parameter))
     progress(_bytes(component, parameter))
     return ir.tensor(values.numpy())

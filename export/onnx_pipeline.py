@@ -38,6 +38,7 @@ from bakeout.editor.errors import InputError, not_installed
 from bakeout.editor.folder import scheduler_part, tokenizer_part
 from bakeout.editor.model_files import read_json
 from bakeout.editor.pipeline import make_pipeline
+from bakeout.export.hidden_states import guard
 
 GRAPH = "model.onnx"
 EXPORT_AGAIN = "export the model again"
@@ -261,7 +262,9 @@ class OnnxVae(_Network):
         return DecoderOutput(sample=sample) if return_dict else (sample,)
 
 
-def load_onnx_pipeline(folder: Path, settings: SessionSettings | None = None) -> Any:
+def load_onnx_pipeline(
+    folder: Path, settings: SessionSettings | None = None, first_states: Mapping[str, int] = {}
+) -> Any:
     """The text-to-image pipeline of diffusers for the folder's family, running in ONNX Runtime.
 
     A StableDiffusionXLPipeline or StableDiffusionPipeline, as `Model.pipeline` gives it. Its text encoders and UNet
@@ -270,9 +273,10 @@ def load_onnx_pipeline(folder: Path, settings: SessionSettings | None = None) ->
     Args:
         folder: in the directory contract.
         settings: of every session; by default one on the CPU.
+        first_states: of each edited text encoder, the first hidden state that the edit reaches; see `guard`.
 
     Raises:
-        InputError: ONNX Runtime or a provider is not installed, or the folder is not whole.
+        InputError: ONNX Runtime or a provider is not installed, or the folder is not whole, or has no such encoder.
     """
     settings = settings or SessionSettings()
     _check_providers(settings)
@@ -302,7 +306,9 @@ def load_onnx_pipeline(folder: Path, settings: SessionSettings | None = None) ->
         graph("vae_decoder", ("latent_sample",), ("sample",)),
         vae,
     )
-    return make_pipeline(networks, parts, index, family)
+    pipeline = make_pipeline(networks, parts, index, family)
+    guard(pipeline, first_states)
+    return pipeline
 
 
 def _text_outputs(name: str, family: str, config: Mapping[str, Any]) -> tuple[str, ...]:

@@ -8,13 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors import safe_open
 
 from bakeout.editor.edit import Edit, Origin, PatchWeightInput
 from bakeout.editor.model import Model, open_model
 from bakeout.export.artifact import Artifact, making, write_artifact
 from bakeout.export.checkpoint import plan_diffusers
-from bakeout.export.lower import Lowered, lower, touched_tensors
+from bakeout.export.lower import lower_onto
 from bakeout.export.manifest import base_of
 
 FACTS: dict[str, Any] = {
@@ -34,17 +33,6 @@ def random_edit(model: Model, seed: int = 0, kinds: tuple[str, ...] = ("ffn2", "
     return Edit(tuple(operations), (Origin("conceptprune", "a star", {"sparsity": 0.1}, "0" * 64, 3),))
 
 
-def lowered_of(model: Model, made: Edit) -> Lowered:
-    sites = {site.name: site for site in model.sites}
-    state: dict[str, dict[str, torch.Tensor]] = {}
-    for component, names in touched_tensors(made, sites).items():
-        state[component] = {}
-        for name in names:
-            with safe_open(model.components[component].tensors[name].file, "pt") as file:
-                state[component][name] = file.get_tensor(name)
-    return lower(made, sites, state)
-
-
 @pytest.fixture(scope="session")
 def edited() -> Callable[..., Edit]:
     """`random_edit`."""
@@ -52,21 +40,18 @@ def edited() -> Callable[..., Edit]:
 
 
 @pytest.fixture(scope="session")
-def lowered() -> Callable[[Model, Edit], Lowered]:
-    """`lowered_of`."""
-    return lowered_of
-
-
-@pytest.fixture(scope="session")
 def baked() -> Callable[..., Artifact]:
     """Writes the artifact of a model and an Edit (a random one by default)."""
 
-    def bake(source: Path, folder: Path, made: Edit | None = None, *, force: bool = False) -> Artifact:
+    def bake(
+        source: Path, folder: Path, made: Edit | None = None, *, force: bool = False,
+        targets: tuple[str, ...] = ("diffusers",),
+    ) -> Artifact:  # fmt: skip
         model = open_model(source)
         made = random_edit(model) if made is None else made
         plan = plan_diffusers(model)
-        with making(folder, plan, force=force) as place:
+        with making(folder, plan, force=force, targets=targets) as place:
             base = base_of(model, source.name)
-            return write_artifact(place, plan, base, made, lowered_of(model, made), FACTS)
+            return write_artifact(place, plan, base, made, lower_onto(made, model), FACTS, targets)
 
     return bake

@@ -23,6 +23,7 @@ from bakeout.export import artifact as module
 from bakeout.export import onnx as exporter
 from bakeout.export.artifact import STALE, Artifact, making, validation_folder
 from bakeout.export.checkpoint import plan_diffusers
+from bakeout.export.lower import lower_onto
 from bakeout.export.manifest import MANIFEST
 
 Baked = Callable[..., Artifact]
@@ -49,14 +50,14 @@ def copy(original: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(original, tmp_path / "copy"))
 
 
-def test_an_artifact_opens_loads_and_has_its_edit(original: Path, tiny_model: Path, edited: Any, lowered: Any) -> None:
+def test_an_artifact_opens_loads_and_has_its_edit(original: Path, tiny_model: Path, edited: Any) -> None:
     artifact = Artifact.open(str(original))
     artifact.verify()
     base = open_model(tiny_model)
     assert artifact.edit == edited(base)
     assert artifact.edit.digest == artifact.manifest.edit
     pipeline = artifact.load("torch", dtype=torch.float32)
-    for component, tensors in lowered(base, artifact.edit).state.items():
+    for component, tensors in lower_onto(artifact.edit, base).state.items():
         own = getattr(pipeline, component).state_dict()
         for name, tensor in tensors.items():
             assert torch.equal(own[name], tensor)
@@ -455,9 +456,14 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> Callable[[Written], None]:
         folder: Path,
         progress: Callable[[float], object] | None = None,
         started: Callable[[str], object] | None = None,
+        **changes: Any,
     ) -> None:
         (folder / "unet").mkdir(parents=True)
-        (folder / "unet" / "model.onnx").write_bytes(model.components["unet"].files[0].read_bytes()[::-1])
+        told = "".join(
+            f"{name}: {len(changes[name])}" if name == "changed" else changes[name].digest for name in changes
+        )
+        source = model.components["unet"].files[0].read_bytes()[::-1]
+        (folder / "unet" / "model.onnx").write_bytes(source + told.encode())
         (folder / "model_index.json").write_text("{}")
         if started is not None:
             started("unet")
@@ -686,7 +692,7 @@ def test_earlier_reports_become_stale(copy: Path, quick: Any) -> None:
 
 
 def test_a_bake_with_targets_is_a_bake_and_an_export(
-    copy: Path, tiny_model: Path, tmp_path: Path, quick: Any, edited: Any, lowered: Any
+    copy: Path, tiny_model: Path, tmp_path: Path, quick: Any, edited: Any
 ) -> None:
     Artifact.open(copy).export("onnx")
     model, plan = open_model(tiny_model), plan_diffusers(open_model(tiny_model))
@@ -696,7 +702,80 @@ def test_a_bake_with_targets_is_a_bake_and_an_export(
     with making(tmp_path / "made", plan, force=False, targets=("diffusers", "onnx")) as place:
         made = edited(model)
         module.write_artifact(
-            place, plan, manifest.base, made, lowered(model, made), facts, ("diffusers", "onnx"), done.append
+            place, plan, manifest.base, made, lower_onto(made, model), facts, ("diffusers", "onnx"), done.append
         )
     assert content(tmp_path / "made") == content(copy)
     assert done == [1.0]
+
+
+@pytest.fixture
+def gated(tiny_model: Path, tmp_path: Path, baked: Baked, edited: Any, quick: Any) -> Path:
+    """An artifact with graphs alone: prunings, and a shift that no weight holds."""
+    model = open_model(tiny_model)
+    shift = ShiftActivation("text_encoder.layer.0", torch.ones(77, model.site("text_encoder.layer.0").d_out))
+    baked(tiny_model, tmp_path / "gated", Edit((*edited(model).operations, shift)), targets=("onnx",))
+    return tmp_path / "gated"
+
+
+def test_what_does_not_fold_ships_without_weights(gated: Path, tiny_model: Path, tmp_path: Path) -> None:
+    artifact = Artifact.open(gated)
+    artifact.verify()
+    manifest = artifact.manifest
+    assert (manifest.targets, manifest.edited, manifest.precision) == (("onnx",), (), {})
+    assert entries(gated) == ["bakeout.json", "edit.safetensors", "onnx"]
+    assert entries(tmp_path) == ["gated"]
+    assert {it.how for it in manifest.lowering} == {"folded", "graph"}
+    assert all(it.cost for it in manifest.lowering)
+    lowered = lower_onto(artifact.edit, open_model(tiny_model))
+    told = (gated / "onnx" / "unet" / "model.onnx").read_bytes()
+    assert told.endswith(f"changed: {len(lowered.state)}{lowered.remaining.digest}".encode())
+    assert len(lowered.remaining.operations) == 1
+
+
+def test_graphs_are_made_anew_of_the_base_and_the_edit(
+    gated: Path, tiny_model: Path, tmp_path: Path, copied: Any
+) -> None:
+    before = content(gated)
+    whole = Artifact.open(gated).export("onnx", base=open_model(tiny_model), force=True)
+    assert whole.manifest.targets == ("onnx",)
+    assert content(gated) == before
+    for base in (None, open_model("shapes")):
+        with pytest.raises(InputError, match=r"has no diffusers/ .* give the model"):
+            Artifact.open(gated).export("onnx", base=base, force=True)
+    (gated / "edit.safetensors").unlink()
+    with pytest.raises(InputError, match=r"released without its edit\.safetensors"):
+        Artifact.open(gated).export("onnx", base=open_model(tiny_model), force=True)
+    assert content(gated) == {name: raw for name, raw in before.items() if name != "edit.safetensors"}
+
+
+def test_without_weights_torch_is_refused(gated: Path) -> None:
+    artifact = Artifact.open(gated)
+    for ask in (lambda: artifact.load("torch"), lambda: artifact.model):
+        with pytest.raises(InputError, match=r"has no diffusers/, because .* draw with what it has, onnx/"):
+            ask()
+
+
+def test_what_does_not_fold_is_never_written_as_weights(
+    tiny_model: Path, tmp_path: Path, baked: Baked, edited: Any, quick: Any
+) -> None:
+    model = open_model(tiny_model)
+    site = model.site("text_encoder.layer.0")
+    made = Edit((ShiftActivation(site.name, torch.ones(site.d_out), "prompted"),))
+    for targets in (("diffusers",), ("diffusers", "onnx")):
+        with pytest.raises(InputError, match="does not fold into weights"):
+            baked(tiny_model, tmp_path / "made", made, targets=targets)
+    assert entries(tmp_path) == []
+
+
+def test_a_clip_skip_past_the_edit_is_refused_by_torch(tiny_model: Path, tmp_path: Path, baked: Baked) -> None:
+    model = open_model(tiny_model)
+    last = model.sites_of("text_layer")[-1]
+    baked(tiny_model, tmp_path / "made", Edit((ShiftActivation(last.name, torch.ones(last.d_out)),)))
+    artifact = Artifact.open(tmp_path / "made")
+    layers = len(model.sites_of("text_layer"))
+    assert artifact.manifest.validity.hidden_states == {"text_encoder": layers}
+    pipeline = artifact.load("torch", dtype=torch.float32)
+    states = pipeline.text_encoder(torch.zeros(1, 77, dtype=torch.int64), output_hidden_states=True).hidden_states
+    assert states[-1] is not None
+    with pytest.raises(InputError, match="that the edit does not reach"):
+        _ = states[-2]

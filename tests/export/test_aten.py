@@ -167,6 +167,27 @@ CASES: dict[str, tuple[Callable[..., Any], list[Tensor], list[Tensor]]] = {
         lambda p, x, ids: x[torch.arange(x.shape[0]), (ids.to(torch.int) == 7).int().argmax(dim=-1)],
         [random(2, 4, 3), torch.tensor([[1, 7, 7, 0], [7, 1, 1, 7]])], [random(1, 3, 3), torch.tensor([[1, 7, 7]])],
     ),
+    "embedding of what is known": (
+        lambda p, x: x + F.embedding(p.places[2:4], p.first)[None], [random(2, 2, 4)], [random(1, 2, 4)],
+    ),
+    "comparisons": (
+        lambda p, x, y: (x > y, x == y, x < y, (x < y).logical_not(), x < 0.3, (x > y) & (x < 2), (x < y) | (y == 2)),
+        [torch.tensor([1.0, 2, 2]), torch.tensor([2.0, 2, 1])], [torch.tensor([0.0, 2, 2, 3]), torch.tensor([2.0])],
+    ),
+    "any": (
+        lambda p, x: ((x < 0).any(-1), (x < -1).any(0, keepdim=True)), [random(4, 3)], [random(1, 2)],
+    ),
+    "sums and means": (
+        lambda p, x: (x.sum(-1), x.mean((0, 2), keepdim=True), x.to(torch.int32).sum(1, dtype=torch.int32)),
+        [random(2, 3, 4) * 9], [random(5, 1, 3) * 9],
+    ),
+    "relu, square, sqrt": (lambda p, x: (F.relu(x), x.square(), x.square().sqrt()), [random(4)], [random(9)]),
+    "where": (lambda p, x: torch.where(x < 0, x, p.second), [random(2, 6)], [random(5, 6)]),
+    "index_select": (
+        lambda p, x: (x.index_select(-1, p.places[1:3]), x.index_select(0, x.argmax(1))),
+        [random(4, 4)], [random(5, 5)],
+    ),
+    "topk": (lambda p, x: tuple(x.topk(2, dim=-1)), [random(4, 5)], [random(2, 3, 9)[0]]),
     "other dtypes": (
         lambda p, x: (x.to(torch.float16), (x * 4).to("cpu", torch.int32), x.to(p.first.device)),
         [random(2, 3)], [random(1, 5)],
@@ -224,6 +245,18 @@ def test_parameters_are_initializers_of_the_names_given_as_they_are() -> None:
     assert all(it.const_value.size < 10 for name, it in model.graph.initializers.items() if name not in named)
 
 
+@pytest.mark.parametrize("k", [1, 2, 32, 100, 1000, 3071, 3072])
+def test_of_equal_values_topk_takes_those_of_the_lower_index(k: int) -> None:
+    """ONNX says so and PyTorch does not, so the expected indices are those of a stable sort."""
+    model = translated(exported(lambda p, x: x.topk(k, dim=-1).indices, random(2, 3, 3072)))
+    ties = torch.randint(0, 40, (2, 3, 3072), generator=torch.Generator().manual_seed(k)).float()
+    (found,) = computed(model, ties)
+    expected = ties.sort(dim=-1, descending=True, stable=True).indices[..., :k]
+    assert torch.equal(found, expected)
+    # With values that are all apart there is nothing to tell.
+    assert not torch.equal(found, (ties + random(2, 3, 3072) * 1e-3).sort(dim=-1, descending=True).indices[..., :k])
+
+
 def test_what_is_constant_is_pytorchs_own_value() -> None:
     def frequencies(_: Program, x: Tensor) -> Tensor:
         return x[:, None] * torch.exp(torch.arange(0, 3, dtype=torch.float32) * -1.7 / 3)[None]
@@ -257,6 +290,9 @@ def test_nothing_of_the_source_is_in_the_graph() -> None:
         (lambda p, x: torch.add(x, x, alpha=2), "aten.add.Tensor"),
         (lambda p, x: x * x.shape[0], "aten.mul.Tensor"),
         (lambda p, x: x[:, torch.tensor([0, 1])], "aten.index.Tensor"),
+        (lambda p, x: x.int() & x.int(), "aten.__and__.Tensor"),
+        (lambda p, x: (x < 0).sum(-1), "aten.sum.dim_IntList"),
+        (lambda p, x: torch.where(x < 0, x, x.int()), "aten.where.self"),
         (lambda p, x: F.interpolate(x, size=(x.shape[2] * 2, x.shape[3] * 2)), "aten.upsample_nearest2d.vec"),
     ],
 )

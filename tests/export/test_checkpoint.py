@@ -18,6 +18,7 @@ from bakeout.editor.errors import InputError
 from bakeout.editor.model import Model, open_model
 from bakeout.editor.pipeline import pipeline_classes
 from bakeout.export.checkpoint import parameter_shape, plan_diffusers, read_parameter, write_diffusers
+from bakeout.export.lower import lower_onto
 from bakeout.export.manifest import tensor_digest
 
 Folders = Callable[[str], Path]
@@ -77,10 +78,10 @@ def differing(base: Path, written: Path) -> set[str]:
 
 
 @pytest.fixture
-def written(tmp_path: Path, edited: Any, lowered: Any) -> Callable[[Path], tuple[Model, Path, Any]]:
+def written(tmp_path: Path, edited: Any) -> Callable[[Path], tuple[Model, Path, Any]]:
     def write(source: Path) -> tuple[Model, Path, Any]:
         model = open_model(source)
-        changed = lowered(model, edited(model)).state
+        changed = lower_onto(edited(model), model).state
         write_diffusers(plan_diffusers(model), changed, tmp_path / "written")
         return model, tmp_path / "written", changed
 
@@ -309,9 +310,9 @@ def test_a_replacement_of_another_dtype_or_shape_is_an_error(copied: Folders, tm
         write_diffusers(plan_diffusers(model), {"unet": {str(site.weight): tensor}}, tmp_path / "written")
 
 
-def test_a_base_that_shrinks_is_an_error(copied: Folders, tmp_path: Path, edited: Any, lowered: Any) -> None:
+def test_a_base_that_shrinks_is_an_error(copied: Folders, tmp_path: Path, edited: Any) -> None:
     model = open_model(copied("sd1"))
-    changed = lowered(model, edited(model)).state
+    changed = lower_onto(edited(model), model).state
     path = model.path / "unet" / "diffusion_pytorch_model.safetensors"
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(InputError, match="became shorter"):

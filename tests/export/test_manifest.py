@@ -11,11 +11,19 @@ from typing import Any
 import pytest
 import torch
 
-from bakeout.editor.edit import ShiftActivation
+from bakeout.editor.edit import Edit, PatchWeightInput, ShiftActivation
 from bakeout.editor.errors import InputError
 from bakeout.editor.model import open_model
 from bakeout.export.artifact import Artifact
-from bakeout.export.manifest import MANIFEST, Lowering, base_of, read_manifest
+from bakeout.export.manifest import (
+    MANIFEST,
+    Lowering,
+    base_of,
+    first_states,
+    max_clip_skip,
+    read_manifest,
+    validity_of,
+)
 
 
 @pytest.fixture(scope="module")
@@ -53,11 +61,67 @@ def test_it_says_what_was_done(written: Path, folders: Callable[[str], Path]) ->
     assert {it.base_name for it in manifest.edited} == {model.site(it.site).weight for it in manifest.lowering}
     assert all(it.sha256 != it.base_sha256 for it in manifest.edited)
     assert "2603.06640" in manifest.validity.reveals
-    assert any("clip skip" in bypass for bypass in manifest.validity.bypasses)
+    layers = len(model.sites_of("text_layer"))
+    assert manifest.validity.hidden_states == {"text_encoder": 1}
+    around = f"a clip skip above {layers - 1}, which reads text_encoder's hidden_states.0, before the edit"
+    assert around in manifest.validity.bypasses
+    assert manifest.validity.limits == ()
 
 
 def test_it_names_no_folder_of_the_machine(written: Path, tmp_path: Path) -> None:
     assert str(tmp_path.parents[1]) not in (written / MANIFEST).read_text()
+
+
+def shift(site: str, rows: str = "all") -> ShiftActivation:
+    return ShiftActivation(site, torch.ones(2), rows)
+
+
+def prune(site: str) -> PatchWeightInput:
+    return PatchWeightInput(site, torch.ones(2, 2, dtype=torch.bool))
+
+
+@pytest.mark.parametrize(
+    ("operations", "states"),
+    [
+        ((shift("text_encoder.layer.9"),), {"text_encoder": 10}),
+        ((shift("text_encoder.layer.9.ffn2"), shift("text_encoder.layer.10")), {"text_encoder": 11}),
+        (
+            (shift("text_encoder_2.layer.26"), shift("text_encoder.layer.9")),
+            {"text_encoder": 10, "text_encoder_2": 27},
+        ),
+        ((prune("text_encoder.layer.3.ffn2"), prune("text_encoder.layer.7.ffn2")), {"text_encoder": 4}),
+        ((prune("text_encoder.layer.3.ffn2"), shift("text_encoder.layer.1")), {"text_encoder": 4}),
+        ((prune("unet.down.0.attn.0.block.0.ffn2"),), {}),
+        ((), {}),
+    ],
+)
+def test_the_first_hidden_state_that_an_edit_reaches(operations: Any, states: dict[str, int]) -> None:
+    assert first_states(Edit(operations)) == states
+
+
+# diffusers reads hidden_states[-(clip_skip + 1)], in SDXL's pipelines [-(clip_skip + 2)].
+@pytest.mark.parametrize(
+    ("family", "layers", "first", "largest"),
+    [("sd1", 12, 10, 2), ("sdxl", 12, 10, 1), ("sdxl", 32, 27, 4), ("sd2", 23, 23, 0)],
+)
+def test_the_largest_clip_skip(family: str, layers: int, first: int, largest: int) -> None:
+    assert max_clip_skip(family, layers, first) == largest
+    states = list(range(layers + 1))
+    offset = 2 if family == "sdxl" else 1
+    assert states[-(largest + offset)] == first
+
+
+def test_where_a_shift_is_weaker_is_said(folders: Callable[[str], Path]) -> None:
+    model = open_model(folders("sd1"))
+    site = model.sites_of("text_layer")[0].name
+
+    def limits(*operations: Any) -> tuple[str, ...]:
+        return validity_of(Edit(operations), model).limits
+
+    assert "the larger the guidance scale is" in limits(shift(site))[0]
+    assert limits(shift(site, "prompted"), shift(f"{site}.ffn2", "prompted"))[0].startswith("with a negative prompt")
+    assert len(limits(shift(site), shift(site, "prompted"))) == 2
+    assert limits(shift("unet.down.0.attn.0.block.0.ffn2"), prune(f"{site}.ffn2")) == ()
 
 
 @pytest.mark.parametrize("version", [0, 2, "1", None, True, 1.5])
@@ -113,6 +177,11 @@ def test_another_version_is_refused(written: Path, tmp_path: Path, version: obje
         ("targets", ["diffusers", "onnx"]),
         ("targets", ["diffusers", "diffusers"]),
         ("targets", []),
+        ("targets", ["onnx"]),
+        ("lowering/0/cost", "\x07"),
+        ("validity/hidden_states", {"text_encoder": 0}),
+        ("validity/hidden_states", {"text_encoder": "10"}),
+        ("validity/limits", ["a\nb"]),
         ("onnx", {"opset": 20, "precision": "fp32", "tools": {}}),
         ("onnx", {"opset": 20}),
         ("edited/0/file", "onnx/unet/model.onnx"),

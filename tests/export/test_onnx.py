@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from torch import Tensor
 from bakeout.editor.errors import InputError
 from bakeout.editor.model import Model, open_model
 from bakeout.export import onnx as module
+from bakeout.export.checkpoint import plan_diffusers, write_diffusers
 from bakeout.export.onnx import OPSET, size_of_onnx, write_onnx
 from bakeout.export.tokenizer import as_json
 
@@ -257,6 +259,68 @@ def test_a_large_graph_has_its_weights_beside_it_and_all_else_is_the_same(
     session(tmp_path / "large", "unet")
     assert sum(done) == pytest.approx(1)
     assert len(done) == sum(len(component.locations) for component in model.components.values())
+
+
+def changed_of(model: Model) -> dict[str, dict[str, Tensor]]:
+    """A tensor of each way in which a parameter lies on the disk, and a few more, with other values."""
+    from safetensors.torch import load_file
+
+    changed: dict[str, dict[str, Tensor]] = {}
+    for component in model.components.values():
+        ways = {location.change: location.tensor for location in component.locations.values()}
+        stored = {name: tensor for file in component.files for name, tensor in load_file(file).items()}
+        changed[component.name] = {name: stored[name] * -2 for name in ways.values()}
+    return changed
+
+
+def test_replaced_tensors_are_written_as_from_a_folder_that_has_them(
+    written: Any, tiny_model: Path, tmp_path: Path
+) -> None:
+    model, base = written("tiny")
+    changed = changed_of(model)
+    write_diffusers(plan_diffusers(model), changed, tmp_path / "diffusers")
+    for folder, source, new in (("whole", open_model(tmp_path / "diffusers"), {}), ("made", model, changed)):
+        text = {"text_encoder": source.components["text_encoder"]}
+        write_onnx(replace(source, components=text), tmp_path / folder, changed={key: new[key] for key in text if new})
+    assert digests(tmp_path / "made") == digests(tmp_path / "whole")
+    name = "text_encoder/model.onnx"
+    assert digests(tmp_path / "made")[name] != digests(base)[name]
+
+
+@pytest.mark.usefixtures("tiny_configs")
+def test_replaced_tensors_of_a_single_file_are_cut_and_turned_as_its_own(
+    single_files: Callable[[str], Path], tmp_path: Path
+) -> None:
+    model = open_model(single_files("sdxl"))
+    wanted = ("text_encoder_2", "vae")
+    model = replace(model, components={name: model.components[name] for name in wanted}, parts={})
+    changed = changed_of(model)
+    ways = {location.change for component in model.components.values() for location in component.locations.values()}
+    assert ways == {"same", "transposed", "third", "pointwise"}
+    write_onnx(model, tmp_path / "base")
+    write_onnx(model, tmp_path / "made", changed=changed)
+    for component in model.components.values():
+        names = {module._initializer(component, name): it.tensor for name, it in component.locations.items()}
+        graphs = ["vae_encoder", "vae_decoder"] if component.name == "vae" else [component.name]
+        for graph in graphs:
+            before, after = (
+                {
+                    it.name: numpy_helper.to_array(it)
+                    for it in onnx.load(tmp_path / folder / graph / "model.onnx").graph.initializer
+                }
+                for folder in ("base", "made")
+            )
+            for name in before.keys() & names.keys():
+                factor = -2 if names[name] in changed[component.name] else 1
+                assert np.array_equal(after[name], factor * before[name]), name
+
+
+def test_what_does_not_fit_is_no_replacement(written: Any, tmp_path: Path) -> None:
+    model, _ = written("tiny")
+    with pytest.raises(ValueError, match="no parameter of the unet is read from conv_on"):
+        write_onnx(model, tmp_path / "made", changed={"unet": {"conv_on": torch.ones(1)}})
+    with pytest.raises(ValueError, match="is stored as F32"):
+        write_onnx(model, tmp_path / "other", changed={"text_encoder": {"final_layer_norm.bias": torch.ones(1)}})
 
 
 def test_the_size_is_told(written: Any) -> None:

@@ -216,6 +216,30 @@ def test_a_request_for_what_is_not_exported_is_refused(pipelines):
         sd1.unet(torch.ones(1, 4, 8, 8), 1, torch.ones(1, 77, 32), added_cond_kwargs={"text_embeds": torch.ones(1)})
 
 
+def test_what_the_edit_does_not_reach_is_not_read(onnx_folders, pipelines):
+    """Of three layers SDXL reads by itself the output of the second, which is hidden state 2."""
+    usual = pipelines("sdxl")[0]
+    for first, refused in ((1, False), (2, True)):
+        edited = load_onnx_pipeline(onnx_folders("sdxl"), ONE_THREAD, {"text_encoder_2": first})
+        assert largest_error(drawn(edited), drawn(usual)) == 0
+        if refused:
+            for pipeline in (edited, image_to_image(edited)):
+                start = {} if pipeline is edited else {"image": [Image.new("RGB", (32, 32))] * 2}
+                with pytest.raises(InputError, match="clip_skip 1 reads a hidden state of text_encoder_2"):
+                    drawn(pipeline, clip_skip=1, **start)
+        else:
+            assert largest_error(drawn(edited, clip_skip=1), drawn(usual, clip_skip=1)) == 0
+            with pytest.raises(InputError, match="use at most 1, or leave it out"):
+                drawn(edited, clip_skip=2)
+        # Asked by name, a graph gives all that it has.
+        states = edited.text_encoder_2.run({"input_ids": torch.ones(1, 77, dtype=torch.int64)})
+        assert sum(name.startswith("hidden_states.") for name in states) == 4
+    with pytest.raises(InputError, match="'text_encoder_2', which is no text encoder of this model"):
+        load_onnx_pipeline(onnx_folders("sd1"), ONE_THREAD, {"text_encoder_2": 1})
+    with pytest.raises(InputError, match="gives no hidden states, so no layer can be skipped; leave clip_skip out"):
+        drawn(load_onnx_pipeline(onnx_folders("sd1"), ONE_THREAD, {"text_encoder": 1}), clip_skip=1)
+
+
 def small_graph(path: Path, **changes: Any) -> Path:
     """`doubled` [batch, 2] = 2 · `x` [batch, 2]."""
     settings = {"input": "x", "output": "doubled", "kind": TensorProto.FLOAT, **changes}

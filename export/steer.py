@@ -1,0 +1,248 @@
+"""The operations on a text encoder that no weight can hold, as modules to be traced into its graph.
+
+What they mean is said in `bakeout.editor.edit`. At one site, of whose output y all of them read, they are together
+
+    y" = y + v - sum of s(y) sum_r λ_r z_r D_:r        z_r = relu(p_r) where r is one of the k largest, else 0
+                                                       p = E (n(y) - c) + e
+
+with v the sum of all shifts, taken in fp64 and rounded once; where the rows are `prompted`, only in rows of which any
+token but the first is neither the end mark nor padding. "One of the k largest" is exact in two ways:
+
+    rank: #{j: p_j > p_r or (p_j = p_r and j < r)} < k       m comparisons a neuron
+    topk: r is among the indices that TopK gives             one partial sort; ONNX's TopK prefers the lower index too
+
+An autoencoder whose k is all of its latents needs neither, and only the rows of E of its neurons.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from typing import Literal, cast
+
+import torch
+from torch import Tensor
+from torch.nn import Module, ModuleList, Parameter, ParameterDict
+from torch.nn import functional as F
+
+from bakeout.editor.edit import Edit, InputNorm, Operation, Rows, ShiftActivation, SteerLatents, check_fits, merge
+from bakeout.editor.errors import InputError
+from bakeout.editor.model import Model
+from bakeout.editor.pipeline import load_tokenizer
+from bakeout.editor.sites import Site
+
+Gate = Literal["rank", "topk"]
+# Up to as many neurons the rank test is no slower in ONNX Runtime on a CPU; see benchmarks/text_encoder.py. It leaves
+# nothing to how a runtime breaks ties.
+_MOST_BY_RANK = 1
+_EPSILON = 1e-5
+_ROWS: tuple[Rows, ...] = ("all", "prompted")
+
+
+class SiteEdit(Module):
+    """All operations at one site: from its output y [batch, tokens, d] to y".
+
+    Attributes:
+        site: where.
+        tokens: the only number of tokens that it is valid for; None if it is valid for any.
+        shift: rows → v, [d] or [tokens, d].
+        latents: one for each SteerLatents, in the order of the Edit.
+        blank: int64 [1 or 2], rising: the tokens of an empty prompt after its first; only with rows `prompted`.
+    """
+
+    blank: Parameter
+
+    def __init__(
+        self,
+        site: Site,
+        operations: Sequence[ShiftActivation | SteerLatents],
+        blank: Tensor | None = None,
+        dtype: torch.dtype = torch.float32,
+        gate: Gate | None = None,
+    ) -> None:
+        """Make the module.
+
+        Args:
+            site: where.
+            operations: all of them at the site, in the order of the Edit, with rows `all` or `prompted` and for one
+                number of tokens at most.
+            blank: as the attribute; needed where rows are `prompted`.
+            dtype: of its constants and arithmetic.
+            gate: how the k largest are told; None is whatever is faster.
+
+        Raises:
+            InputError: a constant is beyond what `dtype` holds.
+        """
+        super().__init__()
+        self.site = site
+        self.tokens = next(iter(_lengths(operations)), None)
+        shifts: dict[str, list[ShiftActivation]] = defaultdict(list)
+        for it in operations:
+            if isinstance(it, ShiftActivation):
+                shifts[it.rows].append(it)
+        self.shift = ParameterDict({rows: _constant(site, _sum(found), dtype) for rows, found in shifts.items()})
+        steered = [it for it in operations if isinstance(it, SteerLatents)]
+        self.latents = ModuleList(Latents(it, site, dtype, gate or gate_of(it)) for it in steered)
+        self._rows = tuple(it.rows for it in steered)
+        if blank is not None:
+            self.blank = Parameter(blank, requires_grad=False)
+
+    def forward(self, y: Tensor, input_ids: Tensor) -> Tensor:
+        """y" of y [batch, tokens, d] and the text encoder's input_ids, int64 [batch, tokens]."""
+        edited = y
+        for rows in _ROWS:
+            before = edited
+            if rows in self.shift:
+                edited = edited + self.shift[rows]
+            for latents, own in zip(self.latents, self._rows, strict=True):
+                if own == rows:
+                    edited = edited - latents(y)
+            if rows == "prompted" and edited is not before:
+                # Text may follow an end mark that stands in the prompt itself.
+                blank = (input_ids[:, 1:, None] == self.blank).any(-1)
+                present = blank.logical_not().any(-1)
+                edited = torch.where(present[:, None, None], edited, before)
+        return edited
+
+
+class Latents(Module):
+    """What a SteerLatents takes out of y [..., d]: s(y) sum_r λ_r z_r D_:r.
+
+    Attributes:
+        encoder: [m, d], E; where k is m, [r, d]: the neurons' rows of it.
+        encoder_bias: [m] or [r], e, likewise.
+        center: [d], c.
+        neurons: int64 [r]; not there where k is m.
+        directions: [d, r], D.
+        strengths: [r], λ.
+    """
+
+    neurons: Parameter
+
+    def __init__(self, operation: SteerLatents, site: Site, dtype: torch.dtype, gate: Gate) -> None:
+        super().__init__()
+        everything = operation.k == len(operation.encoder)
+        taken = operation.neurons if everything else slice(None)
+        self.encoder = _constant(site, operation.encoder[taken], dtype)
+        self.encoder_bias = _constant(site, operation.encoder_bias[taken], dtype)
+        self.center = _constant(site, operation.center, dtype)
+        self.directions = _constant(site, operation.directions, dtype)
+        self.strengths = _constant(site, operation.strengths, dtype)
+        if not everything:
+            self.neurons = Parameter(operation.neurons, requires_grad=False)
+        self._k = operation.k
+        self._norm = operation.input_norm
+        self._gate = None if everything else _GATES[gate]
+
+    def forward(self, y: Tensor) -> Tensor:
+        """See the class; of y's shape."""
+        x, scale = _normed(self._norm, y)
+        p = F.linear(x - self.center, self.encoder, self.encoder_bias)
+        if self._gate is None:
+            z = p.relu()
+        else:
+            chosen = p.index_select(-1, self.neurons)
+            z = chosen.relu() * self._gate(p, chosen, self.neurons, self._k)
+        taken = F.linear(z * self.strengths, self.directions)
+        return taken if scale is None else taken * scale
+
+
+def edits_of(edit: Edit, model: Model, gate: Gate | None = None) -> dict[str, list[SiteEdit]]:
+    """The sites' modules of each component, for the operations that did not fold.
+
+    Args:
+        edit: what did not fold.
+        model: the base; its tokenizers know an empty prompt.
+        gate: as in `SiteEdit`.
+
+    Raises:
+        InputError: an operation has no form in a graph, the Edit is of another model, or see `SiteEdit`.
+    """
+    by_site: dict[Site, list[ShiftActivation | SteerLatents]] = defaultdict(list)
+    for operation in merge([edit]).operations:
+        site = model.site(operation.site)
+        by_site[site].append(_exportable(operation, site))
+    for component in {site.component for site in by_site}:
+        together = [it for site, operations in by_site.items() if site.component == component for it in operations]
+        if len(lengths := sorted(_lengths(together))) > 1:
+            raise InputError(
+                f"the Edit of the {component} is for {' and for '.join(map(str, lengths))} tokens; calibrate all of it "
+                "at one prompt length"
+            )
+    made: dict[str, list[SiteEdit]] = defaultdict(list)
+    for site, operations in by_site.items():
+        blank = _blank(model, site) if any(it.rows == "prompted" for it in operations) else None
+        made[site.component].append(SiteEdit(site, operations, blank, gate=gate))
+    return dict(made)
+
+
+def gate_of(operation: SteerLatents) -> Gate:
+    """How the k largest latents are told faster."""
+    return "rank" if len(operation.neurons) <= _MOST_BY_RANK else "topk"
+
+
+def _exportable(operation: Operation, site: Site) -> ShiftActivation | SteerLatents:
+    check_fits(operation, site)
+    if not isinstance(operation, ShiftActivation | SteerLatents) or not site.component.startswith("text_encoder"):
+        raise InputError(
+            f"{type(operation).__name__} at {site.name} does not fold into the weights, and no graph can hold it yet; "
+            "leave this edit to the eager reference"
+        )
+    if operation.rows == "conditional":
+        raise InputError(
+            f"the edit at {site.name} leaves negative prompts untouched, for which an artifact would need an input "
+            "that is its own off-switch; take negative = 'empty' or 'same'"
+        )
+    return operation
+
+
+def _blank(model: Model, site: Site) -> Tensor:
+    tokenizer = load_tokenizer(model.parts[site.component.replace("text_encoder", "tokenizer")])
+    return torch.tensor(sorted({tokenizer.eos_token_id, tokenizer.pad_token_id}))
+
+
+def _lengths(operations: Iterable[Operation]) -> set[int]:
+    """The numbers of tokens that shifts are for."""
+    return {len(it.value) for it in operations if isinstance(it, ShiftActivation) and it.value.ndim == 2}
+
+
+def _sum(shifts: Sequence[ShiftActivation]) -> Tensor:
+    return cast(Tensor, sum(it.value.double() for it in shifts))
+
+
+def _constant(site: Site, value: Tensor, dtype: torch.dtype) -> Parameter:
+    rounded = value.detach().to("cpu", dtype).contiguous()
+    if not rounded.isfinite().all():
+        raise InputError(
+            f"a value of the Edit at {site.name} is beyond what {dtype} holds; make the edit weaker or check its source"
+        )
+    return Parameter(rounded, requires_grad=False)
+
+
+def _normed(norm: InputNorm, y: Tensor) -> tuple[Tensor, Tensor | None]:
+    """n(y) and s(y), [..., 1]; None is 1."""
+    if norm == "none":
+        return y, None
+    width = y.shape[-1]
+    if norm == "constant_norm":
+        scale = y.square().mean(-1, keepdim=True).sqrt()
+        return y / scale, scale
+    deviation = y - y.mean(-1, keepdim=True)
+    scale = (deviation.square().sum(-1, keepdim=True) / (width - 1)).sqrt() + _EPSILON
+    return deviation / scale, scale
+
+
+def _by_rank(p: Tensor, chosen: Tensor, neurons: Tensor, k: int) -> Tensor:
+    rivals, chosen = p.unsqueeze(-2), chosen.unsqueeze(-1)
+    earlier = torch.arange(p.shape[-1]) < neurons.unsqueeze(-1)
+    ahead = (rivals > chosen) | ((rivals == chosen) & earlier)
+    return ahead.to(torch.int32).sum(-1, dtype=torch.int32) < k
+
+
+def _by_topk(p: Tensor, _chosen: Tensor, neurons: Tensor, k: int) -> Tensor:
+    largest = p.topk(k, dim=-1).indices
+    return (largest.unsqueeze(-2) == neurons.unsqueeze(-1)).any(-1)
+
+
+# From p [..., m], those of the neurons [..., r], their numbers [r] and k to bool [..., r].
+_GATES = {"rank": _by_rank, "topk": _by_topk}
