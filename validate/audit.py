@@ -40,6 +40,8 @@ from bakeout.validate.report.schema import Check, Verdict
 
 # Faults that a summary tells; their number is told as well.
 _TOLD = 3
+# Of what text encoders take and give, the dimension of tokens; hidden states have it there as well.
+_TOKENS = {"input_ids": 1, "last_hidden_state": 1}
 # What says of a configuration who wrote it, and not what the network does.
 _ABOUT = ("architectures", "dtype", "torch_dtype", "transformers_version")
 # Beside the prompts: empty, blank, of two lengths beyond a text encoder's, in other scripts, and with marks of its own.
@@ -50,6 +52,13 @@ ODD_TEXTS = (
 
 _MAX_TOKENS = 10_000
 
+# Of a dtype, what ONNX calls it, how its bytes lie, and the field that may have the values in place of bytes.
+_STORED: Mapping[torch.dtype, tuple[str, np.dtype[Any], str]] = {
+    torch.float32: ("FLOAT", np.dtype("<f4"), "float_data"),
+    torch.int64: ("INT64", np.dtype("<i8"), "int64_data"),
+    torch.int32: ("INT32", np.dtype("<i4"), "int32_data"),
+}
+
 Parameter = tuple[str, str]
 Read = Callable[[Parameter], Tensor]
 
@@ -59,7 +68,13 @@ class MissingError(Exception):
 
 
 def check_weights(
-    target: str, base: Model, edit: Edit, names: Mapping[Parameter, str], read: Read, beside: Sequence[str] = ()
+    target: str,
+    base: Model,
+    edit: Edit,
+    names: Mapping[Parameter, str],
+    read: Read,
+    beside: Sequence[str] = (),
+    elsewhere: Sequence[Operation] = (),
 ) -> Check:
     """Every weight of a target against what the base and the Edit give: exactly, and changed biases to one rounding.
 
@@ -70,8 +85,9 @@ def check_weights(
         names: every parameter of the base, by component and name in memory, and what it is called in the target.
         read: reads a parameter of the target, or raises MissingError.
         beside: files beside those that are read, which another program may read instead.
+        elsewhere: operations that another check finds in the target's graphs, and no weight may hold as well.
     """
-    linears = _linears(edit, base)
+    linears = _linears(edit, base, elsewhere)
     uncovered = [repr(it) for operations in linears.values() for it in operations if not _is_static(it)]
     faults = [f"{name} lies beside the weights, and other programs may load it" for name in beside]
     wrong = edited = 0
@@ -94,22 +110,21 @@ def check_weights(
                 continue
             if count := unlike(found, expected, stored):
                 wrong += count
-                faults.append(_difference(f"{place[0]} {name}", found, expected, count))
+                faults.append(difference(f"{place[0]} {name}", found, expected, count))
         for (component, module), operations in linears.items():
             if (component, f"{module}.bias") in names or not all(map(_is_static, operations)):
                 continue
             if _edited(read_base, names, component, module, operations)[1].any():
                 faults.append(f"{component} {module} has no bias to hold what the edit adds")
     if faults:
-        summary = f"Its weights are not what the base and the edit give: {_told(faults)}."
+        summary = f"Its weights are not what the base and the edit give: {told(faults)}."
         return _check("weights", target, "fail", summary, wrong)
     if uncovered:
-        return _check(
-            "weights", target, "unjudged", f"Weights cannot show whether these are there: {_told(uncovered)}."
-        )
+        return _check("weights", target, "unjudged", f"Weights cannot show whether these are there: {told(uncovered)}.")
+    beyond = "; the rest of the edit is in the graphs" if elsewhere else ""
     summary = (
         f"All {len(names):,} tensors are what the base and the edit give: {edited:,} of edited layers, "
-        f"{len(names) - edited:,} as in the base to the last bit."
+        f"{len(names) - edited:,} as in the base to the last bit{beyond}."
     )
     return _check("weights", target, "pass", summary, wrong)
 
@@ -209,10 +224,28 @@ def names_of(model: Model) -> dict[Parameter, str]:
     }
 
 
-def _linears(edit: Edit, model: Model) -> dict[Parameter, tuple[Operation, ...]]:
-    """The operations by the Linear that they act on: its component and its name in memory."""
+def kept_in_graphs(edit: Edit) -> list[ShiftActivation | SteerLatents]:
+    """The operations on text encoders that only their graphs can hold, in the order of the Edit.
+
+    A shift that is the same at every token and in every row is in a bias, unless latents read what it would change.
+    None is for the rows of prompts and not of negative prompts, which no graph can tell apart.
+    """
+    operations = [
+        it
+        for it in merge([edit]).operations
+        if isinstance(it, ShiftActivation | SteerLatents)
+        if it.site.startswith("text_encoder") and it.rows != "conditional"
+    ]
+    read = [it.site for it in operations if isinstance(it, SteerLatents)]
+    return [it for it in operations if not _is_static(it) or any(f"{site}.".startswith(f"{it.site}.") for site in read)]
+
+
+def _linears(edit: Edit, model: Model, elsewhere: Sequence[Operation]) -> dict[Parameter, tuple[Operation, ...]]:
+    """The operations by the Linear that they act on, its component and its name in memory, but for those elsewhere."""
     grouped: dict[Parameter, list[Operation]] = {}
     for operation in merge([edit]).operations:
+        if operation in elsewhere:
+            continue
         site = model.site(operation.site)
         # The output of an encoder layer is the residual plus what its second FFN Linear gives.
         module = site.module if site.weight is not None else f"{site.module}.mlp.fc2"
@@ -237,7 +270,8 @@ def _edited(
     return edited_linear(matrix, read(bias) if bias in names else matrix.new_zeros(len(matrix)), operations)
 
 
-def _difference(name: str, found: Tensor, expected: Tensor, count: int) -> str:
+def difference(name: str, found: Tensor, expected: Tensor, count: int) -> str:
+    """In words, what is other in a tensor of which `count` elements are others."""
     if found.shape != expected.shape:
         return f"{name} is {list(found.shape)} in place of {list(expected.shape)}"
     worst = worst_element(found, expected)
@@ -256,13 +290,13 @@ class OnnxFolder:
     def __init__(self, folder: Path, base: Model) -> None:
         self._folder = folder
         self._base = base
-        self._graphs: dict[str, Any] = {}
+        self._models: dict[str, Any] = {}
         self._faults: dict[str, str] = {}
         self._initializers: dict[str, dict[str, Any]] = {}
         for name in contract(base):
             try:
-                self._graphs[name] = graph = _read_graph(folder / name / "model.onnx")
-                self._initializers[name] = _by_name(graph.initializer, name)
+                self._models[name] = model = _read_model(folder / name / "model.onnx")
+                self._initializers[name] = _by_name(model.graph.initializer, name)
             except MissingError as missing:
                 self._faults[name] = str(missing)
 
@@ -272,11 +306,35 @@ class OnnxFolder:
         graph = component
         if component == "vae":
             graph = "vae_encoder" if place[1].startswith(("encoder.", "quant_conv.")) else "vae_decoder"
-        if graph in self._faults:
-            raise MissingError(self._faults[graph])
-        if name not in self._initializers[graph]:
+        return self.tensor(graph, name)
+
+    def model(self, name: str) -> Any:
+        """A graph in its ONNX model, without external data. Raises MissingError."""
+        if name in self._faults:
+            raise MissingError(self._faults[name])
+        return self._models[name]
+
+    def tensor(self, graph: str, name: str, dtype: torch.dtype = torch.float32) -> Tensor:
+        """An initializer of a graph, of a dtype of `_STORED`. Raises MissingError if it is not there, or of another."""
+        if name not in self.initializers(graph):
             raise MissingError(f"{graph} has no initializer {name}")
-        return _tensor(self._initializers[graph][name], self._folder / graph)
+        return _tensor(self._initializers[graph][name], self._folder / graph, dtype)
+
+    def whole(self, graph: str, name: str) -> Any:
+        """An initializer of a graph with its data in it. Raises MissingError if they are not where they should be."""
+        from onnx import TensorProto, numpy_helper
+
+        initializer = self.initializers(graph)[name]
+        if initializer.data_location != TensorProto.EXTERNAL:
+            return initializer
+        kind = TensorProto.DataType.Name(initializer.data_type)
+        dtype = next((dtype for dtype, (own, _, _) in _STORED.items() if own == kind), torch.float32)
+        return numpy_helper.from_array(self.tensor(graph, name, dtype).numpy(), name)
+
+    def initializers(self, graph: str) -> Mapping[str, Any]:
+        """The initializers of a graph by name; external data are not in them. Raises MissingError."""
+        self.model(graph)
+        return self._initializers[graph]
 
     def beside(self) -> list[str]:
         """What lies in the graphs' folders besides their configurations, graphs and data."""
@@ -287,18 +345,26 @@ class OnnxFolder:
             if path.name not in ("config.json", "model.onnx", "model.onnx_data")
         ]
 
-    def check_interface(self, target: str) -> Check:
-        """Whether every graph is there, with the inputs and outputs of the contract, in order and of any size."""
+    def check_interface(self, target: str, lengths: Mapping[str, int] = {}) -> Check:
+        """Whether every graph is there, with the inputs and outputs of the contract, in order and of any size.
+
+        Args:
+            target: its name.
+            lengths: of text encoders, the only number of tokens that they may take: ONNX Runtime would broadcast
+                another one to it, or fail somewhere inside.
+        """
         interfaces = contract(self._base)
         faults = [
             fault
             for name, interface in interfaces.items()
             for fault in (
-                [self._faults[name]] if name in self._faults else _interface_faults(name, self._graphs[name], interface)
+                [self._faults[name]]
+                if name in self._faults
+                else _interface_faults(name, self._models[name].graph, interface, lengths.get(name))
             )
         ]
         if faults:
-            summary = f"Its inputs and outputs are not those of the directory contract: {_told(faults)}."
+            summary = f"Its inputs and outputs are not those of the directory contract: {told(faults)}."
             return _check("interface", target, "fail", summary)
         count = sum(len(it.inputs) + len(it.outputs) for it in interfaces.values())
         summary = f"All {count} inputs and outputs are those of the directory contract."
@@ -326,7 +392,7 @@ def check_configuration(target: str, base: Model, folder: Path, texts: Sequence[
         ),
     ]
     if faults:
-        return _check("configuration", target, "fail", f"It is not configured as the base: {_told(faults)}.")
+        return _check("configuration", target, "fail", f"It is not configured as the base: {told(faults)}.")
     summary = (
         f"Scheduler, networks and tokenizers (on {len(texts) + len(ODD_TEXTS)} texts) are configured as the base's."
     )
@@ -442,19 +508,19 @@ def _is_onnx(folder: Path) -> bool:
     return (folder / "vae_decoder").is_dir()
 
 
-def _read_graph(path: Path) -> Any:
-    """The graph of an ONNX file; external data stay where they are."""
+def _read_model(path: Path) -> Any:
+    """An ONNX file; external data stay where they are."""
     import onnx
 
     if not path.is_file():
         raise MissingError(f"{path.parent.name} has no {path.name}")
     try:
-        return onnx.load(path, load_external_data=False).graph
+        return onnx.load(path, load_external_data=False)
     except Exception as error:  # noqa: BLE001 - that of protobuf, which is not among this project's dependencies
         raise MissingError(f"{path.parent.name}/{path.name} is no ONNX file ({type(error).__name__})") from None
 
 
-def _interface_faults(name: str, graph: Any, interface: Interface) -> Iterator[str]:
+def _interface_faults(name: str, graph: Any, interface: Interface, length: int | None) -> Iterator[str]:
     for what, given, wanted in (("input", graph.input, interface.inputs), ("output", graph.output, interface.outputs)):
         dims = {it.name: it.type.tensor_type.shape.dim for it in given}
         if list(dims) != list(wanted):
@@ -463,11 +529,16 @@ def _interface_faults(name: str, graph: Any, interface: Interface) -> Iterator[s
             yield f"{name}: the list of its {what}s {said}"
             continue
         for own, found in dims.items():
+            tokens = None if length is None else _TOKENS.get(own, 1 if own.startswith("hidden_states.") else None)
             fixed = [place for place in FREE.get(own, ()) if place < len(found) and found[place].HasField("dim_value")]
+            fixed = [place for place in fixed if place != tokens]
             if len(found) != wanted[own]:
                 yield f"{name}: {own} has {len(found)} dimensions in place of {wanted[own]}"
             elif what == "input" and fixed:
                 yield f"{name}: {own} takes one size only in dimension {fixed[0]}, {found[fixed[0]].dim_value}"
+            elif tokens is not None and found[tokens].dim_value != length:
+                said = found[tokens].dim_value or "any number"
+                yield f"{name}: {own} is for {said} tokens, where the edit is for {length}"
 
 
 def _by_name(initializers: Iterable[Any], graph: str) -> dict[str, Any]:
@@ -479,27 +550,28 @@ def _by_name(initializers: Iterable[Any], graph: str) -> dict[str, Any]:
     return found
 
 
-def _tensor(initializer: Any, folder: Path) -> Tensor:
-    """Its values as float32, copied. External data must lie in a file of the folder itself."""
+def _tensor(initializer: Any, folder: Path, dtype: torch.dtype) -> Tensor:
+    """Its values, copied. External data must lie in a file of the folder itself."""
     import onnx
 
     name, shape = f"{folder.name} {initializer.name}", tuple(initializer.dims)
-    if initializer.data_type != onnx.TensorProto.FLOAT:
-        raise MissingError(f"{name} is {onnx.TensorProto.DataType.Name(initializer.data_type)} in place of FLOAT")
+    kind, stored, field = _STORED[dtype]
+    if initializer.data_type != onnx.TensorProto.DataType.Value(kind):
+        raise MissingError(f"{name} is {onnx.TensorProto.DataType.Name(initializer.data_type)} in place of {kind}")
     count = math.prod(shape)
     if initializer.data_location != onnx.TensorProto.EXTERNAL:
-        values = (
-            np.frombuffer(initializer.raw_data, "<f4") if initializer.raw_data else np.array(initializer.float_data)
-        )
+        raw = initializer.raw_data
+        values = np.frombuffer(raw, stored) if raw else np.array(getattr(initializer, field), stored)
     else:
         where = {it.key: it.value for it in initializer.external_data}
         file, offset = folder / where.get("location", ""), int(where.get("offset", 0))
-        if file.parent != folder or not file.is_file() or not 0 <= offset <= file.stat().st_size - 4 * count:
+        room = file.stat().st_size - stored.itemsize * count if file.parent == folder and file.is_file() else -1
+        if not 0 <= offset <= room:
             raise MissingError(f"{name} lies at {where.get('location')!a:.100}, where it is not")
-        values = np.memmap(file, "<f4", "r", offset, (count,)) if count else np.empty(0)
+        values = np.memmap(file, stored, "r", offset, (count,)) if count else np.empty(0, stored)
     if values.size != count:
         raise MissingError(f"{name} holds {values.size:,} values in place of {count:,}")
-    return torch.from_numpy(np.array(values, np.float32)).reshape(shape)
+    return torch.from_numpy(np.array(values, stored.newbyteorder("="))).reshape(shape)
 
 
 def _check(name: str, target: str, verdict: Verdict, summary: str, wrong: int | None = None) -> Check:
@@ -507,7 +579,8 @@ def _check(name: str, target: str, verdict: Verdict, summary: str, wrong: int | 
     return Check(name=name, target=target, verdict=verdict, summary=summary, measured=wrong, limit=limit)
 
 
-def _told(faults: Sequence[str]) -> str:
+def told(faults: Sequence[str]) -> str:
+    """The first of some faults, and how many more there are."""
     different = list(dict.fromkeys(faults))
     more = f"; and {len(different) - _TOLD:,} more" if len(different) > _TOLD else ""
     return "; ".join(different[:_TOLD]) + more

@@ -75,6 +75,22 @@ def smaller(call: Call, unit: int) -> Call:
     return Call(call.network, f"{call.when}, the first row alone and half as high", inputs)
 
 
+def odd_prompts(pipeline: Any, component: str, prompt: str) -> list[Call]:
+    """Calls of a text encoder with what may be taken for an empty prompt, or is one, together and alone."""
+    tokenizer = getattr(pipeline, component.replace("text_encoder", "tokenizer"))
+    end, pad, length = tokenizer.eos_token, tokenizer.pad_token, tokenizer.model_max_length
+    texts = [
+        prompt, "", "   ", end, pad, f"{end} {prompt}", f"{prompt} {end} {prompt}", f"{prompt} " * length,
+        prompt.partition(" ")[0], f"{pad} {prompt}",
+    ]  # fmt: skip
+    ids = tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
+    alone = {"an empty prompt": 1, "an end mark and a prompt": 5, "one word": 8}
+    return [
+        Call(component, "odd prompts and empty ones together", {"input_ids": ids}),
+        *(Call(component, f"{what} alone", {"input_ids": ids[row : row + 1]}) for what, row in alone.items()),
+    ]
+
+
 @dataclass(frozen=True)
 class Trajectory:
     """What was drawn of some trials.

@@ -27,7 +27,7 @@ from bakeout import __version__
 from bakeout.editor.edit import Edit
 from bakeout.editor.errors import InputError, not_installed
 from bakeout.editor.model import Model
-from bakeout.export.artifact import EDIT, RUNTIMES, Artifact
+from bakeout.export.artifact import EDIT, ONNX, RUNTIMES, Artifact
 from bakeout.export.manifest import MANIFEST, Manifest, file_digest, read_manifest
 from bakeout.generate import Request, complete, device_from_text, scheduler_for
 from bakeout.recipe import open_base, recommended_for
@@ -37,6 +37,7 @@ from bakeout.validate.audit import (
     Read,
     check_configuration,
     check_weights,
+    kept_in_graphs,
     names_of,
     parameters,
     weights_beside,
@@ -44,6 +45,7 @@ from bakeout.validate.audit import (
 from bakeout.validate.contract import contract, run_network
 from bakeout.validate.devices import check_providers, why_not_started, with_exact_products, without_tf32
 from bakeout.validate.erasure import Detector, detections, detector_of, trials_of
+from bakeout.validate.graph_edit import check_edit_in_graphs, first_hidden_states, lengths_of
 from bakeout.validate.metrics import distances, relative_rms
 from bakeout.validate.parity import (
     Expected,
@@ -73,7 +75,17 @@ from bakeout.validate.report.schema import (
     Verdict,
     verdict_of,
 )
-from bakeout.validate.runners import Call, Settings, Trajectory, Trial, one_more, pixels_from_png, run, smaller
+from bakeout.validate.runners import (
+    Call,
+    Settings,
+    Trajectory,
+    Trial,
+    odd_prompts,
+    one_more,
+    pixels_from_png,
+    run,
+    smaller,
+)
 from bakeout.validate.tolerances import TABLE
 
 if TYPE_CHECKING:
@@ -241,7 +253,21 @@ class _Validation:
         agrees = claimed == [asdict(it) for it in edit.origins]
         summary = f"The Edit {'is' if agrees else 'is not'} of the concepts and methods that the manifest names."
         self._say("edit", None, "pass" if agrees else "fail", summary)
+        self._check_validity(edit)
         return edit
+
+    def _check_validity(self, edit: Edit) -> None:
+        # By these numbers runtimes refuse what would go around the edit.
+        said, reached = self.artifact.manifest.validity.hidden_states, first_hidden_states(edit)
+        names = sorted(said.keys() | reached.keys())
+        wrong = [name for name in names if said.get(name) != reached.get(name)]
+        summary = "The manifest says from which hidden state of each text encoder on the edit is there."
+        if wrong:
+            summary = (
+                f"The edit is in all hidden states of {wrong[0]!a:.100} from {_number(reached.get(wrong[0]))} on, and "
+                f"the manifest says from {_number(said.get(wrong[0]))}."
+            )
+        self._say("validity", None, "fail" if wrong else "pass", summary)
 
     def compare(self, edit: Edit, asked: Request, targets: Sequence[str], progress: Callable[[float], object]) -> None:
         """Audit the targets' files, then draw with all models and judge."""
@@ -324,15 +350,19 @@ class _Validation:
             self._checks.append(check_configuration(target, self.model, folder, texts))
         with self._finding("weights", target), ExitStack() as stack:
             names = self._names()
-            if target == "onnx":
+            kept = kept_in_graphs(edit) if target == ONNX else []
+            if target == ONNX:
                 graphs = OnnxFolder(folder, self.model)
-                self._checks.append(graphs.check_interface(target))
+                self._checks.append(graphs.check_interface(target, lengths_of(kept)))
+                if kept:
+                    with self._finding("edit-in-graph", target):
+                        self._checks.append(check_edit_in_graphs(target, self.model, kept, graphs))
                 read: Read = partial(graphs.read, names)
                 beside = graphs.beside()
             else:
                 read = stack.enter_context(parameters(self.artifact.model))
                 beside = weights_beside(self.artifact.model)
-            self._checks.append(check_weights(target, self.model, edit, names, read, beside))
+            self._checks.append(check_weights(target, self.model, edit, names, read, beside, kept))
 
     def _names(self) -> dict[Parameter, str]:
         """What the targets call each parameter of the base: as the artifact's diffusers folder does."""
@@ -351,9 +381,7 @@ class _Validation:
         with applied(edit, self.model, pipeline):
             reference = self._free(pipeline, settings, advance, capture=True)
             answers = [
-                (group.kind, call, self._answer(pipeline, call))
-                for group, trajectory in zip(self.groups, reference, strict=True)
-                for call in (*trajectory.calls, *_in_other_shapes(trajectory.calls, pipeline))
+                (kind, call, self._answer(pipeline, call)) for kind, call in self._calls(edit, pipeline, reference)
             ]
         expected = [
             Expected(kind, call, outputs, {name: relative_rms(value, outputs[name]) for name, value in own.items()})
@@ -369,6 +397,16 @@ class _Validation:
         verdicts = self._detect(REFERENCE)
         self._check_baseline(steps, final, reference)
         return _Baseline(settings, asked.scheduler, reference, steps, final, expected, verdicts)
+
+    def _calls(self, edit: Edit, pipeline: Any, reference: Sequence[Trajectory]) -> Iterator[tuple[Kind, Call]]:
+        """With what networks are compared: what they were called with, the same in other shapes, and odd prompts."""
+        for group, trajectory in zip(self.groups, reference, strict=True):
+            for call in (*trajectory.calls, *_in_other_shapes(trajectory.calls, pipeline)):
+                yield group.kind, call
+        edited = {self.model.site(it.site).component for it in edit.operations}
+        for name in sorted(name for name in edited if name.startswith("text_encoder")):
+            for call in odd_prompts(pipeline, name, self.trials[0].prompt):
+                yield ERASED, call
 
     def _judge(self, target: str, baseline: _Baseline, advance: Callable[[float], object]) -> None:
         """Draw with a target, and compare."""
@@ -435,7 +473,8 @@ class _Validation:
     def _load(self, target: str) -> Any:
         runtime = _RUNTIME_OF[target]
         if runtime == "torch":
-            return self.artifact.load(runtime, device=self.device, dtype=torch.float32)
+            # As diffusers loads it, with all hidden states, of which the artifact's own loader withholds some.
+            return self.artifact.model.pipeline(self.device, torch.float32)
         return self.artifact.load(runtime, sessions=self.sessions)
 
     def _free(
@@ -572,7 +611,7 @@ def _chosen(artifact: Artifact, targets: Sequence[str] | None) -> list[str]:
     for target in targets or ():
         if target not in there:
             command = f"bakeout export {quote(str(artifact.folder))} --target {target}"
-            cure = f"run `{command}`, or " if target in _RUNTIME_OF else ""
+            cure = f"run `{command}`, or " if target == ONNX else ""
             raise InputError(f"{artifact.folder} has no target {target!a:.50}; {cure}choose from {', '.join(there)}")
     chosen = list(dict.fromkeys(targets or there))
     for target in chosen:
@@ -616,6 +655,10 @@ def _check_shapes(drawings: Sequence[Trajectory], reference: Sequence[Trajectory
 def _distinct(drawings: Sequence[Trajectory]) -> int:
     """How many different pictures there are; the same pixels give the same PNG."""
     return len(set(_pictures(drawings)))
+
+
+def _number(state: int | None) -> str:
+    return "none" if state is None else f"number {state}"
 
 
 def _tools() -> dict[str, str]:

@@ -122,3 +122,24 @@ def test_detections_are_of_each_concept_and_of_what_is_kept():
         ("star", "erased", 1, 2), ("striped", "erased", 0, 1), ("star, striped, odd things", "kept", 1, 1),
     ]  # fmt: skip
     assert verdicts == [True, False, False, True]
+
+
+@pytest.mark.parametrize(
+    ("pack", "concept"), [("shapes-object", "star"), ("shapes-style", "striped"), ("shapes-colour", "red")]
+)
+def test_every_sort_of_concept_that_shapes_draws_is_judged_whatever_the_method(pack, concept):
+    made = manifest(concept, recipe={"model": "shapes", "edits": [
+        {"method": "snce", "concept": concept, "prompts": {"pack": pack}}
+    ]})  # fmt: skip
+    trials = trials_of(made, None, 60, 0)
+    assert [concept in mentioned(trial.prompt) for trial in trials] == [True] * 30 + [False] * 30
+    assert len({trial.prompt for trial in trials}) > 50
+    detector = detector_of(made)
+    seen = [" ".join(mentioned(trial.prompt)) for trial in trials]
+    found, verdicts = detections(detector, "onnx", trials, seen)
+    assert [(it.concept, it.kind, it.detected, it.pictures) for it in found] == [
+        (concept, "erased", 30, 30), (concept, "kept", 30, 30),
+    ]  # fmt: skip
+    assert all(verdicts)
+    gone = [" ".join(mentioned(trial.prompt) - {concept}) for trial in trials]
+    assert [it.detected for it in detections(detector, "onnx", trials, gone)[0]] == [0, 30]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -122,12 +123,23 @@ def naive(linear: Any, x: torch.Tensor, operations: Any) -> torch.Tensor:
 def naive_latents(operation: SteerLatents, y: torch.Tensor) -> torch.Tensor:
     taken = torch.zeros_like(y).reshape(-1, y.shape[-1])
     for row, token in enumerate(y.reshape(-1, y.shape[-1])):
-        before = (operation.encoder @ (token - operation.center) + operation.encoder_bias).tolist()
+        mean, size = naive_norm(operation.input_norm, token.tolist())
+        before = (operation.encoder @ ((token - mean) / size - operation.center) + operation.encoder_bias).tolist()
         largest = sorted(range(len(before)), key=lambda index: (-before[index], index))[: operation.k]
         for column, neuron in enumerate(operation.neurons.tolist()):
             z = max(before[neuron], 0.0) if neuron in largest else 0.0
-            taken[row] += operation.strengths[column] * z * operation.directions[:, column]
+            taken[row] += size * operation.strengths[column] * z * operation.directions[:, column]
     return taken.reshape(y.shape)
+
+
+def naive_norm(name: str, token: list[float]) -> tuple[float, float]:
+    """What is subtracted from a token and what it is then divided by."""
+    if name == "none":
+        return 0.0, 1.0
+    if name == "constant_norm":
+        return 0.0, math.hypot(*token) / math.sqrt(len(token))
+    mean = math.fsum(token) / len(token)
+    return mean, math.sqrt(math.fsum((it - mean) ** 2 for it in token) / (len(token) - 1)) + 1e-5
 
 
 def at_site(site: str, d_out: int, d_in: int, tokens: int) -> dict[str, Any]:
@@ -177,6 +189,19 @@ def test_an_encoder_layer_gives_what_the_formulas_say(model, pipeline, names):
     identity = SimpleNamespace(weight=torch.eye(16, dtype=torch.float64), bias=None)
     assert y.shape == (3, 77, 16)
     assert relative_error(y, naive(identity, base["y"], operations)) <= EXACT
+
+
+@pytest.mark.parametrize("norm", ["none", "layer_norm", "constant_norm"])
+@pytest.mark.parametrize("site", [TEXT, FFN2])
+def test_an_autoencoder_reads_what_its_norm_makes_of_each_token(model, pipeline, site, norm):
+    with recorded(model.module(pipeline, model.site(site))) as base:
+        run(pipeline)
+    operation = steer(site, input_norm=norm)
+    _, y = outputs_at(model, pipeline, [operation], site)
+    taken = base["y"] - y
+    assert relative_error(taken, naive_latents(operation, base["y"])) <= 10 * EXACT
+    for other in {"none", "layer_norm", "constant_norm"} - {norm}:
+        assert relative_error(taken, naive_latents(replace(operation, input_norm=other), base["y"])) > 1e-2
 
 
 def test_of_equal_activations_the_lower_index_wins(model, pipeline):
@@ -476,6 +501,127 @@ def test_with_guidance_only_a_negative_prompt_that_is_not_empty_is_edited(model,
     assert same_bits(negative, base_negative)
     assert not same_bits(positive, base)
     assert not same_bits(other, other_base)
+
+
+@pytest.fixture(scope="module", params=["sd1", "sdxl"])
+def either(request, folders):
+    """A model with one text encoder, or with two, its pipeline, and the last layer of each that prompts depend on."""
+    model = open_model(folders(request.param))
+    names = ["text_encoder", "text_encoder_2"][: 1 + (request.param == "sdxl")]
+    return model, model.pipeline(dtype=torch.float64), [model.site(f"{name}.layer.1") for name in names]
+
+
+def encoded(pipeline: Any, prompt: str | None = "a dog", **given: Any) -> list[torch.Tensor | None]:
+    """The embeddings of prompts and of negative prompts, and for two text encoders the pooled ones of both."""
+    return list(pipeline.encode_prompt(prompt, device="cpu", num_images_per_prompt=1, **given))
+
+
+@pytest.mark.parametrize("kind", ["shift", "shift of tokens", "latents"])
+@pytest.mark.parametrize("negative", [{}, {"negative_prompt": ""}, {"negative_prompt": "a cat"}], ids=str)
+def test_the_rows_of_prompts_are_edited_and_those_of_negative_prompts_keep_every_bit(either, kind, negative):
+    model, pipeline, sites = either
+    every_row = Edit(tuple(at_site(it.name, it.d_out, it.d_out, 77)[kind] for it in sites))
+    conditional = Edit(tuple(replace(it, rows="conditional") for it in every_row.operations))
+    for prompt in ("a dog", ""):
+        given = {"prompt": prompt, "do_classifier_free_guidance": True, **negative}
+        base = encoded(pipeline, **given)
+        with applied(every_row, model, pipeline):
+            edited = encoded(pipeline, **given)
+        with applied(conditional, model, pipeline):
+            found = encoded(pipeline, **given)
+            # And so again: no call is taken for another that came before.
+            again = encoded(pipeline, **given)
+        for place, (own, other) in enumerate(zip(found, again, strict=True)):
+            expected = (edited, base)[place % 2][place]
+            assert same_bits(own, expected)
+            assert same_bits(other, expected)
+        assert relative_error(edited[0], base[0]) > 1e-2
+        # SDXL has no text of an empty negative prompt, but zeros.
+        assert not (base[1].any() and same_bits(edited[1], base[1]))
+
+
+def test_without_guidance_all_rows_are_of_prompts(either):
+    model, pipeline, sites = either
+    shifts = [ShiftActivation(it.name, values(it.d_out)) for it in sites]
+    given = {"prompt": ["a dog", "", "a cat"], "do_classifier_free_guidance": False}
+    with applied(Edit(tuple(shifts)), model, pipeline):
+        edited = encoded(pipeline, **given)
+    with applied(Edit(tuple(replace(it, rows="conditional") for it in shifts)), model, pipeline):
+        assert same_bits(encoded(pipeline, **given)[0], edited[0])
+
+
+def test_where_the_prompts_embeddings_are_given_the_first_call_is_for_negative_prompts(either):
+    model, pipeline, sites = either
+    given = {"do_classifier_free_guidance": True, "negative_prompt": "a cat"}
+    names = ["prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds"]
+    base = dict(zip(names, encoded(pipeline, **given), strict=False))
+    prompts = {name: value for name, value in base.items() if not name.startswith("negative")}
+    negatives = {name: value for name, value in base.items() if name.startswith("negative")}
+    shifts = [ShiftActivation(it.name, values(it.d_out), "conditional") for it in sites]
+    with applied(Edit(tuple(shifts)), model, pipeline):
+        kept = encoded(pipeline, None, **given, **prompts)
+        edited = encoded(pipeline, do_classifier_free_guidance=True, **negatives)
+    assert same_bits(kept[1], base["negative_prompt_embeds"])
+    assert relative_error(edited[0], base["prompt_embeds"]) > 1e-2
+
+
+def test_a_drawing_is_guided_away_from_what_was_not_edited(model, pipeline):
+    """What the whole pipeline draws is what it draws of these embeddings."""
+    shift = ShiftActivation(TEXT, values(16))
+    (base_prompt, negative), given = pipeline.encode_prompt("a dog", "cpu", 1, True), {"prompt": "a dog"}
+    with applied(Edit((shift,)), model, pipeline):
+        edited, both = pipeline.encode_prompt("a dog", "cpu", 1, True)
+        everywhere = draw(pipeline, 7.5, **given)
+    with applied(Edit((replace(shift, rows="conditional"),)), model, pipeline):
+        found = draw(pipeline, 7.5, **given)
+    assert same_bits(found, draw(pipeline, 7.5, prompt_embeds=edited, negative_prompt_embeds=negative))
+    assert not same_bits(found, everywhere)
+    assert not same_bits(found, draw(pipeline, 7.5, prompt_embeds=base_prompt, negative_prompt_embeds=both))
+
+
+def test_outside_of_encode_prompt_nobody_knows_which_prompts_are_negative(either):
+    model, pipeline, sites = either
+    edit = Edit(tuple(ShiftActivation(it.name, values(it.d_out), "conditional") for it in sites))
+    before = dict(vars(pipeline))
+    tokens = pipeline.tokenizer(["a dog"], padding="max_length", return_tensors="pt").input_ids
+    with applied(edit, model, pipeline):
+        for _ in range(2):
+            with pytest.raises(InputError, match="skips negative prompts"):
+                pipeline.text_encoder(tokens)
+            encoded(pipeline, do_classifier_free_guidance=False)
+        with pytest.raises(TypeError):
+            encoded(pipeline, 7)
+        with pytest.raises(InputError, match="skips negative prompts"):
+            pipeline.text_encoder(tokens)
+        with pytest.raises(InputError, match="run the whole text encoder"):
+            model.module(pipeline, sites[0])(values(1, 77, sites[0].d_out), None)
+    assert vars(pipeline) == before
+    pipeline.text_encoder(tokens)
+
+
+def test_rows_of_every_sort_are_told_apart_in_one_edit_and_in_nested_ones(model, pipeline):
+    given = {"prompt": ["a dog", ""], "do_classifier_free_guidance": True, "negative_prompt": ["", "a cat"]}
+    layers = ("text_encoder.layer.0", "text_encoder.layer.1")
+    for site in layers:
+        shifts = {rows: ShiftActivation(site, values(16), rows) for rows in ("all", "prompted", "conditional")}
+        base = encoded(pipeline, **given)
+        changed = {}
+        for rows, shift in shifts.items():
+            with applied(Edit((shift,)), model, pipeline):
+                pairs = list(zip(encoded(pipeline, **given), base, strict=True))
+            changed[rows] = [[not same_bits(own[row], other[row]) for row in range(2)] for own, other in pairs]
+        assert changed == {
+            "all": [[True, True], [True, True]],
+            "prompted": [[True, False], [False, True]],
+            "conditional": [[True, True], [False, False]],
+        }
+    one, two = (Edit((ShiftActivation(site, values(16), "conditional"),)) for site in layers)
+    prompted = Edit((ShiftActivation(layers[0], values(16, seed=1), "prompted"),))
+    with applied(merge([one, prompted]), model, pipeline), applied(two, model, pipeline):
+        nested = encoded(pipeline, **given)
+    with applied(merge([one, two, prompted]), model, pipeline):
+        assert all(same_bits(*it) for it in zip(encoded(pipeline, **given), nested, strict=True))
+    assert "encode_prompt" not in vars(pipeline)
 
 
 def test_embeddings_that_are_passed_bypass_the_text_encoder(model, pipeline):

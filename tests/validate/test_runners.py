@@ -8,7 +8,16 @@ from bakeout.editor.model import open_model
 from bakeout.generate import Request, complete, draw
 from bakeout.validate.contract import contract, run_network
 from bakeout.validate.metrics import relative_rms
-from bakeout.validate.runners import Settings, Trial, initial_latents, one_more, pixels_from_png, run, smaller
+from bakeout.validate.runners import (
+    Settings,
+    Trial,
+    initial_latents,
+    odd_prompts,
+    one_more,
+    pixels_from_png,
+    run,
+    smaller,
+)
 
 SETTINGS = Settings(steps=3, guidance=2.0, size=(16, 16), latents=(4, 4, 4), batch=2)
 TRIALS = [Trial("a star", 7, "erased", "star"), Trial("a ring", 8, "kept"), Trial("a moon", 2**40, "kept")]
@@ -177,3 +186,27 @@ def test_smaller_is_the_first_row_and_half_of_it(drawn):
     assert smaller(call, 4).inputs["sample"].shape == (1, 4, 4, 4)
     assert smaller(drawn.calls[-2], 1).inputs["latent_sample"].shape == (1, 4, 2, 4)
     assert smaller(drawn.calls[0], 1).inputs["input_ids"].shape == (1, 77)
+
+
+@pytest.mark.parametrize("name", ["text_encoder", "text_encoder_2"])
+def test_odd_prompts_are_empty_ones_and_what_may_be_taken_for_one(folders, name):
+    pipeline = open_model(folders("sdxl")).pipeline(dtype=torch.float32)
+    tokenizer = pipeline.tokenizer_2 if name.endswith("2") else pipeline.tokenizer
+    together, *alone = odd_prompts(pipeline, name, "a red star")
+    assert {call.network for call in (together, *alone)} == {name}
+    ids = together.inputs["input_ids"]
+    assert (ids.dtype, ids.shape[1]) == (torch.int64, 77)
+    assert [tuple(call.inputs["input_ids"].shape) for call in alone] == [(1, 77)] * 3
+    assert len({call.when for call in (together, *alone)}) == 4
+    blank = {tokenizer.eos_token_id, tokenizer.pad_token_id}
+    rows = [[token not in blank for token in row[1:]] for row in ids.tolist()]
+    # Empty ones: nothing, spaces, an end mark, the padding in words.
+    assert [any(row) for row in rows] == [True, False, False, False, False, True, True, True, True, True]
+    assert rows[5] == [False, *rows[0][:-1]]
+    words = sum(rows[0])
+    assert rows[6][: 2 * words + 1] == [*[True] * words, False, *[True] * words]
+    # Beyond what it reads, and one word.
+    assert all(rows[7][:-1])
+    assert sum(rows[8]) == 1
+    for call, row in zip(alone, (1, 5, 8), strict=True):
+        assert torch.equal(call.inputs["input_ids"][0], ids[row])

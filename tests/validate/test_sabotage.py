@@ -9,8 +9,9 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -24,12 +25,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from bakeout.editor.checkpoint_header import read_header
-from bakeout.editor.edit import Edit, Origin, PatchWeightInput
+from bakeout.editor.edit import Edit, Origin, PatchWeightInput, ShiftActivation, SteerLatents, merge
 from bakeout.editor.errors import InputError
-from bakeout.editor.model import open_model
+from bakeout.editor.model import Model, open_model
 from bakeout.export.artifact import EDIT, Artifact
-from bakeout.export.manifest import MANIFEST, File, file_digest, read_manifest, tensor_digest
+from bakeout.export.manifest import MANIFEST, File, Source, file_digest, read_manifest, tensor_digest, validity_of
+from bakeout.export.onnx import write_onnx
 from bakeout.export.onnx_pipeline import SessionSettings
+from bakeout.validate.audit import OnnxFolder
+from bakeout.validate.graph_edit import check_edit_in_graphs
 from bakeout.validate.report.schema import Report
 from bakeout.validate.validation import validate
 
@@ -40,7 +44,7 @@ ERASED = {"step-parity", "step-parity-worst-prompt", "final-parity", "final-pari
 KEPT = {"step-rounding", "drift"}
 DRAWN = {*ERASED, *KEPT, "pictures"}
 OF_TARGET = {*DRAWN, "configuration", "weights", "components", "runs"}
-OF_ALL = {"files", "edit-is-seen", "reference-pictures"}
+OF_ALL = {"files", "edit-is-seen", "reference-pictures", "validity"}
 
 # Where the most of what the edit does is done.
 ONE_LAYER = "up_blocks.1.attentions.0.transformer_blocks.0.ff.net.2.weight"
@@ -63,9 +67,9 @@ def verdicts(report: Report, target: str | None = None) -> dict[str, str]:
     return {it.name: it.verdict for it in report.checks if it.target in (target, None)}
 
 
-def sign_off(folder: Path) -> None:
-    """Rewrite the manifest for the files as they are."""
-    manifest = read_manifest(folder)
+def sign_off(folder: Path, **changes: Any) -> None:
+    """Rewrite the manifest for the files as they are, and with what else it is to say."""
+    manifest = read_manifest(folder).model_copy(update=changes)
     files = {
         path.relative_to(folder).as_posix(): File(bytes=path.stat().st_size, sha256=file_digest(path))
         for target in manifest.targets
@@ -642,3 +646,423 @@ def test_the_honest_artifact_passes_on_twenty_seeds_far_within_every_limit(starl
             assert it.measured >= it.limit + 20 * math.log10(2), it
         else:
             assert it.measured <= it.limit / 2, it
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def latents(site: str, width: int, count: int) -> SteerLatents:
+    """Of `count` latents every eighth, so that there are some among the largest for any prompt but the empty ones."""
+    neurons = torch.arange(0, count, 8)
+    return SteerLatents(
+        site, random(count, width, seed=1), random(count, seed=2) / 4, random(width, seed=3) / 4, count // 4,
+        neurons, random(width, len(neurons), seed=4) / 4, random(len(neurons), seed=5).abs(), "prompted",
+    )  # fmt: skip
+
+
+def shifts(site: str, width: int) -> list[ShiftActivation]:
+    return [ShiftActivation(site, random(77, width, seed=seed), "prompted", f"it:{seed}") for seed in (6, 7)]
+
+
+def write_encoder(model: Model, folder: Path, edit: Edit) -> Path:
+    """The text encoder's ONNX folder with an edit in its graph, k told by ranks."""
+    only = replace(model, components={"text_encoder": model.components["text_encoder"]})
+    write_onnx(only, folder, remaining=edit, gate="rank")
+    return folder
+
+
+def home(opened: Any) -> str:
+    """How the names of the edit's nodes begin."""
+    (name,) = (node.name for node in opened.node if node.name.endswith("/edited"))
+    return str(name.removesuffix("edited"))
+
+
+def last_of(opened: Any) -> Any:
+    """The edit's last node, which chooses by rows."""
+    (node,) = (node for node in opened.node if node.name == f"{home(opened)}edited")
+    assert node.op_type == "Where"
+    return node
+
+
+def of_edit(opened: Any, op_type: str, number: int = 0) -> Any:
+    """One of the edit's nodes of a type."""
+    own = home(opened)
+    return [node for node in opened.node if node.op_type == op_type and node.name.startswith(own)][number]
+
+
+def after(opened: Any, place: Any, *nodes: Any) -> None:
+    """Put nodes behind another one."""
+    number = [node.name for node in opened.node].index(place.name) + 1
+    for node in reversed(nodes):
+        opened.node.insert(number, node)
+
+
+def beyond(opened: Any, old: str, new: str, *but: str) -> None:
+    """Let the nodes that are none of the edit, nor called so, read another value."""
+    own = home(opened)
+    for node in opened.node:
+        if not node.name.startswith(own) and node.name not in but:
+            node.input[:] = [new if name == old else name for name in node.input]
+
+
+def constant_of(opened: Any, what: str) -> Any:
+    name = f"{home(opened).replace('/', '.')}{what}"
+    (found,) = (it for it in opened.initializer if it.name == name)
+    return found
+
+
+def change_constant(what: str, how: Callable[[Any], Any], opened: Any) -> None:
+    found = constant_of(opened, what)
+    found.CopyFrom(numpy_helper.from_array(np.ascontiguousarray(how(numpy_helper.to_array(found).copy())), found.name))
+
+
+def drop_the_edit_of_the_graph(opened: Any) -> None:
+    last = last_of(opened)
+    last.input[1] = last.input[2]
+
+
+def go_around_the_edit(opened: Any) -> None:
+    """What comes after reads what the layer gave."""
+    last = last_of(opened)
+    beyond(opened, last.output[0], last.input[2])
+
+
+def go_around_under_its_name(opened: Any) -> None:
+    """As that, by a node that calls itself one of the edit."""
+    last = last_of(opened)
+    beyond(opened, last.output[0], "by")
+    after(opened, last, helper.make_node("Identity", [last.input[2]], ["by"], name=f"{home(opened)}by"))
+
+
+def go_half_around(opened: Any) -> None:
+    """What the layer was given is added to what the edit gives."""
+    last = last_of(opened)
+    (layer,) = (node for node in opened.node if last.input[2] in node.output)
+    half = add_constant(opened, "half", np.float32(0.5))
+    beyond(opened, last.output[0], "both")
+    after(
+        opened, last, helper.make_node("Mul", [layer.input[0], half], ["half of it"], name="half"),
+        helper.make_node("Add", [last.output[0], "half of it"], ["both"], name="both"),
+    )  # fmt: skip
+
+
+def pooled_of(opened: Any) -> Any:
+    (node,) = (node for node in opened.node if "pooler_output" in node.output)
+    return node
+
+
+def pool_elsewhere(opened: Any) -> None:
+    """The pooled output is of the tokens' embeddings."""
+    embedded = next(node for node in opened.node if node.op_type == "Gather" and "input_ids" in node.input)
+    first = add_constant(opened, "first", np.int64(0))
+    again = helper.make_node("Gather", [embedded.output[0], first], ["pooler_output"], name="pool", axis=1)
+    pooled_of(opened).CopyFrom(again)
+
+
+def pool_from_a_table(opened: Any) -> None:
+    """The pooled output is looked up by a token, in a table of its own."""
+    width = opened.output[1].type.tensor_type.shape.dim[1].dim_value
+    table = add_constant(opened, "table", np.ones((2, width), np.float32))
+    first, none = (add_constant(opened, *it) for it in (("second", np.int64(1)), ("none", np.int64(0))))
+    pooled_of(opened).CopyFrom(helper.make_node("Gather", [table, "nothing"], ["pooler_output"], name="pool"))
+    put_first(
+        opened, helper.make_node("Gather", ["input_ids", first], ["second token"], name="second", axis=1),
+        helper.make_node("Mul", ["second token", none], ["nothing"], name="nothing"),
+    )  # fmt: skip
+
+
+def edit_empty_prompts_instead(opened: Any) -> None:
+    last = last_of(opened)
+    last.input[1], last.input[2] = last.input[2], last.input[1]
+
+
+def edit_no_rows(opened: Any) -> None:
+    last_of(opened).input[0] = add_constant(opened, "never", np.zeros((1, 1, 1), bool))
+
+
+def edit_all_rows(opened: Any) -> None:
+    last_of(opened).input[0] = add_constant(opened, "always", np.ones((1, 1, 1), bool))
+
+
+def look_for_text_in_one_place(opened: Any) -> None:
+    """In the first token after the start, where an end mark may stand that somebody typed."""
+    of_edit(opened, "Slice").input[2] = add_constant(opened, "end of the first", np.array([2]))
+
+
+def look_for_text_behind_one_word(opened: Any) -> None:
+    """A prompt of one word counts as empty."""
+    of_edit(opened, "Slice").input[1] = add_constant(opened, "behind a word", np.array([2]))
+
+
+def take_the_start_for_text(opened: Any) -> None:
+    of_edit(opened, "Slice").input[1] = add_constant(opened, "start of all", np.array([0]))
+
+
+def edit_twice(opened: Any) -> None:
+    """All of the edit's nodes once more, behind them, with the same constants."""
+    own, last = home(opened), last_of(opened)
+    nodes = [node for node in opened.node if node.name.startswith(own)]
+    made = {value for node in nodes for value in node.output}
+    copies = []
+    for node in nodes:
+        copy = onnx.NodeProto()
+        copy.CopyFrom(node)
+        copy.name = f"{node.name} again"
+        given = [last.output[0] if value == last.input[2] else value for value in node.input]
+        copy.input[:] = [f"{value} again" if value in made and value == old else value
+                         for value, old in zip(given, node.input, strict=True)]  # fmt: skip
+        copy.output[:] = [f"{value} again" for value in node.output]
+        copies.append(copy)
+    beyond(opened, last.output[0], f"{last.output[0]} again")
+    after(opened, last, *copies)
+
+
+def edit_batches_only(opened: Any, *, by_branches: bool) -> None:
+    """Of a prompt alone nothing is edited."""
+    own, last = home(opened), last_of(opened)
+    raw, edited = last.input[2], last.output[0]
+    last.output[0], last.name = "of batches", f"{own}of batches"
+    one, first = (add_constant(opened, *it) for it in (("one", np.int64(1)), ("batch axis", np.int64(0))))
+    nothing: dict[str, Any] = {
+        name: helper.make_graph([helper.make_node("Identity", [value], [f"{name} out"])], name, [],
+                                [helper.make_tensor_value_info(f"{name} out", TensorProto.FLOAT, None)])
+        for name, value in (("then_branch", raw), ("else_branch", "of batches"))
+    }  # fmt: skip
+    chosen = (
+        helper.make_node("If", ["alone"], [edited], name=f"{own}edited", **nothing)
+        if by_branches
+        else helper.make_node("Where", ["alone", raw, "of batches"], [edited], name=f"{own}edited")
+    )
+    after(
+        opened, last, helper.make_node("Shape", [raw], ["shape of it"], name=f"{own}shape"),
+        helper.make_node("Gather", ["shape of it", first], ["batch of it"], name=f"{own}batch"),
+        helper.make_node("Equal", ["batch of it", one], ["alone"], name=f"{own}alone"), chosen,
+    )  # fmt: skip
+
+
+def let_callers_say_a_constant(opened: Any) -> None:
+    found = constant_of(opened, "blank")
+    opened.input.append(helper.make_tensor_value_info(found.name, TensorProto.INT64, list(found.dims)))
+
+
+def call_the_last_node_otherwise(opened: Any) -> None:
+    """Nobody finds where the edit ends."""
+    last_of(opened).name = "edited"
+
+
+def read_another_layer_too(opened: Any) -> None:
+    """Rows of empty prompts are what another layer gave."""
+    last_of(opened).input[2] = next(node for node in opened.node if node.op_type == "Add").output[0]
+
+
+def let_one_more_pass(opened: Any) -> None:
+    """One more than k are the largest."""
+    test = of_edit(opened, "Less", -1)
+    (k,) = (numpy_helper.to_array(it) for it in opened.initializer if it.name == test.input[1])
+    test.input[1] = add_constant(opened, "one more", k + k.dtype.type(1))
+
+
+def read_a_copy_of_the_shift(opened: Any) -> None:
+    """Whoever looks the constant up by its name finds the right one."""
+    found = constant_of(opened, "shift.prompted")
+    add = of_edit(opened, "Add")
+    other = add_constant(opened, "other", numpy_helper.to_array(found) / 2)
+    add.input[:] = [other if name == found.name else name for name in add.input]
+
+
+def take_any_number_of_tokens(opened: Any) -> None:
+    """ONNX Runtime adds 77 tokens to one."""
+    for it in (*opened.input, *opened.output):
+        for dim in it.type.tensor_type.shape.dim[1:]:
+            if dim.dim_value == 77:
+                dim.dim_param = "sequence_length"
+
+
+def with_one_element_changed(values: Any) -> Any:
+    values.flat[100] = np.nextafter(values.flat[100], np.float32(np.inf))
+    return values
+
+
+IN_ANY: Mapping[str, Callable[[Any], None]] = {
+    "dropped": drop_the_edit_of_the_graph,
+    "gone around": go_around_the_edit,
+    "gone around under its name": go_around_under_its_name,
+    "half gone around": go_half_around,
+    "pooled elsewhere": pool_elsewhere,
+    "pooled from a table": pool_from_a_table,
+    "gate inverted": edit_empty_prompts_instead,
+    "gate shut": edit_no_rows,
+    "gate open": edit_all_rows,
+    "text in one place": look_for_text_in_one_place,
+    "one word is empty": look_for_text_behind_one_word,
+    "start is text": take_the_start_for_text,
+    "twice": edit_twice,
+    "batches only": partial(edit_batches_only, by_branches=False),
+    "batches only, by branches": partial(edit_batches_only, by_branches=True),
+    "constant said by callers": let_callers_say_a_constant,
+    "no last node": call_the_last_node_otherwise,
+    "another layer": read_another_layer_too,
+    "other blanks": partial(change_constant, "blank", lambda it: it - 1),
+}
+IN_GATED: Mapping[str, Callable[[Any], None]] = {
+    "one more passes": let_one_more_pass,
+    "encoder": partial(change_constant, "latents.0.encoder", with_one_element_changed),
+    "weaker": partial(change_constant, "latents.0.strengths", lambda it: it * np.float32(0.5)),
+    "another neuron": partial(change_constant, "latents.0.neurons", lambda it: it + 1),
+    "other directions": partial(change_constant, "latents.0.directions", lambda it: it[:, ::-1]),
+}
+IN_SHIFTED: Mapping[str, Callable[[Any], None]] = {
+    "moved by a token": partial(change_constant, "shift.prompted", lambda it: np.roll(it, 1, axis=0)),
+    "a token less": partial(change_constant, "shift.prompted", lambda it: it[:-1]),
+    "in fp16": partial(change_constant, "shift.prompted", lambda it: it.astype(np.float16).astype(np.float32)),
+    "of a copy": read_a_copy_of_the_shift,
+}
+
+
+@pytest.fixture(scope="module")
+def encoders(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Edit]]:
+    """A tiny text encoder with latents in its graph, and with shifts, each with its Edit. Who changes it copies it."""
+    site, folder = "text_encoder.layer.1", tmp_path_factory.mktemp("encoders")
+    edits = {"gated": Edit((latents(site, 16, 48),)), "shifted": Edit(tuple(shifts(site, 16)))}
+    model = open_model(tiny_model)
+    return {name: (write_encoder(model, folder / name / "onnx", edit), edit) for name, edit in edits.items()}
+
+
+@pytest.mark.parametrize(
+    ("kind", "how"),
+    [("gated", it) for it in (*IN_ANY, *IN_GATED)] + [("shifted", it) for it in (*IN_ANY, *IN_SHIFTED)],
+)
+def test_an_edit_that_is_broken_in_the_graph_is_found_in_its_file(
+    tiny_model: Path, encoders: dict[str, tuple[Path, Edit]], tmp_path: Path, kind: str, how: str
+) -> None:
+    source, edit = encoders[kind]
+    folder, model = Path(shutil.copytree(source.parent, tmp_path / "it")), open_model(tiny_model)
+
+    def verdict() -> str:
+        return check_edit_in_graphs("onnx", model, list(edit.operations), OnnxFolder(folder / "onnx", model)).verdict  # type: ignore[arg-type]
+
+    with graph(folder, "text_encoder"):
+        pass
+    assert verdict() == "pass"
+    with graph(folder, "text_encoder") as opened:
+        ({**IN_ANY, **IN_GATED, **IN_SHIFTED})[how](opened)
+    assert verdict() == "fail"
+
+
+@pytest.fixture(scope="module")
+def steered(starless: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """`starless` for ONNX Runtime only, with a part of its edit in the graph, `gated` or `shifted`; copies to break."""
+    site, model = "text_encoder.layer.9", open_model("shapes")
+    root = tmp_path_factory.mktemp("steered")
+    parts = {"gated": [latents(site, 96, 384)], "shifted": shifts(site, 96)}
+
+    def made(kind: str) -> Path:
+        folder: Path = root / kind
+        if not folder.exists():
+            shutil.copytree(starless, folder, ignore=shutil.ignore_patterns("diffusers"))
+            own = Edit(tuple(parts[kind]), (Origin("snce", "star"),))
+            shutil.rmtree(folder / "onnx" / "text_encoder")
+            write_encoder(model, root / f"{kind} alone", own)
+            shutil.copytree(root / f"{kind} alone" / "text_encoder", folder / "onnx" / "text_encoder")
+            edit = merge([Edit.load(starless / EDIT), own])
+            edit.save(folder / EDIT)
+            told: dict[str, Any] = {
+                "targets": ("onnx",), "edited": (), "precision": {}, "validity": validity_of(edit, model),
+                "edits": tuple(Source(**asdict(it)) for it in edit.origins),
+            }  # fmt: skip
+            sign_off(folder, **told)
+        return Path(shutil.copytree(folder, tmp_path_factory.mktemp("copy") / kind))
+
+    return made
+
+
+@pytest.mark.parametrize("kind", ["gated", pytest.param("shifted", marks=pytest.mark.slow)])
+def test_an_honest_edit_in_the_graph_passes(steered: Callable[[str], Path], kind: str) -> None:
+    """The control: what is only in the graph is judged, and nothing is left unjudged."""
+    folder = steered(kind)
+    assert Artifact.open(folder).manifest.targets == ("onnx",)
+    with pytest.raises(InputError, match=r"has no target 'diffusers'; choose from onnx$"):
+        judged(folder, "diffusers")
+    report = judged(folder, steps=4)
+    assert [it.name for it in report.checks if it.verdict != "pass"] == []
+    assert verdicts(report, "onnx").keys() >= OF_ALL | OF_TARGET | {"interface", "edit-in-graph"}
+
+
+IN_GRAPH = {"edit-in-graph", "components"}
+STEERED = [
+    ("gated", "dropped", IN_GRAPH, False),
+    ("gated", "gone around", IN_GRAPH, True),
+    ("gated", "half gone around", IN_GRAPH, True),
+    ("gated", "pooled elsewhere", IN_GRAPH, True),
+    ("gated", "gate inverted", IN_GRAPH, True),
+    ("gated", "gate shut", IN_GRAPH, True),
+    ("gated", "gate open", IN_GRAPH, True),
+    ("gated", "text in one place", IN_GRAPH, True),
+    ("gated", "one word is empty", IN_GRAPH, True),
+    ("gated", "twice", IN_GRAPH, True),
+    ("gated", "batches only", IN_GRAPH, True),
+    ("gated", "batches only, by branches", IN_GRAPH, False),
+    ("gated", "constant said by callers", {"edit-in-graph", "interface"}, True),
+    ("gated", "weaker", IN_GRAPH, True),
+    ("gated", "another neuron", IN_GRAPH, True),
+    ("gated", "one more passes", IN_GRAPH, True),
+    ("gated", "encoder", {"edit-in-graph"}, False),
+    ("gated", "other blanks", IN_GRAPH, True),
+    ("shifted", "dropped", IN_GRAPH, True),
+    ("shifted", "gate inverted", IN_GRAPH, True),
+    ("shifted", "twice", IN_GRAPH, True),
+    ("shifted", "moved by a token", IN_GRAPH, True),
+    ("shifted", "in fp16", IN_GRAPH, True),
+    ("shifted", "any number of tokens", {"interface"}, True),
+]
+
+
+@pytest.mark.parametrize(
+    ("kind", "how", "fails"),
+    [
+        pytest.param(kind, how, fails, id=f"{kind}-{how}", marks=[pytest.mark.slow] if slow else [])
+        for kind, how, fails, slow in STEERED
+    ],
+)
+def test_an_edit_that_is_broken_in_the_graph_fails_by_the_right_checks(
+    steered: Callable[[str], Path], kind: str, how: str, fails: set[str]
+) -> None:
+    """Whether pictures tell as well is left open: a part of the edit is in weights that are whole."""
+    folder = steered(kind)
+    with graph(folder, "text_encoder") as opened:
+        {**IN_ANY, **IN_GATED, **IN_SHIFTED, "any number of tokens": take_any_number_of_tokens}[how](opened)
+    sign_off(folder)
+    report = judged(folder)
+    assert report.verdict == "fail"
+    found = verdicts(report, "onnx")
+    assert {name for name, verdict in found.items() if verdict != "pass"} - DRAWN - {"detector"} == fails
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "said", [{"text_encoder": 9}, {"text_encoder": 11}, {}, {"text_encoder": 10, "text_encoder_2": 1}]
+)
+def test_a_manifest_that_says_otherwise_where_the_edit_begins_fails(
+    steered: Callable[[str], Path], said: dict[str, int]
+) -> None:
+    folder = steered("gated")
+    manifest = read_manifest(folder)
+    assert manifest.validity.hidden_states == {"text_encoder": 10}
+    sign_off(folder, validity=manifest.validity.model_copy(update={"hidden_states": said}))
+    found = verdicts(judged(folder), "onnx")
+    assert {name for name, verdict in found.items() if verdict != "pass"} - {"runs"} == {"validity"}
+    assert ("runs" in {name for name, verdict in found.items() if verdict != "pass"}) == ("text_encoder_2" in said)
+
+
+@pytest.mark.slow
+def test_a_diffusers_folder_cannot_hold_what_only_a_graph_can(starless: Path, steered: Callable[[str], Path]) -> None:
+    """Somebody lays the rest of the edit beside it, as if that were all."""
+    folder = steered("gated")
+    shutil.copytree(starless / "diffusers", folder / "diffusers")
+    sign_off(folder, targets=("diffusers", "onnx"))
+    report = judged(folder)
+    assert report.verdict == "fail"
+    found = verdicts(report, "diffusers")
+    assert (found["weights"], found["components"]) == ("unjudged", "fail")
+    assert verdicts(report, "onnx")["weights"] == verdicts(report, "onnx")["edit-in-graph"] == "pass"

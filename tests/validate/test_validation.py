@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from bakeout.editor.edit import Edit, Origin, PatchWeightInput
 from bakeout.editor.errors import InputError
 from bakeout.editor.model import Model, open_model
-from bakeout.export.artifact import Artifact, making, write_artifact
+from bakeout.export.artifact import making, write_artifact
 from bakeout.export.checkpoint import plan_diffusers
 from bakeout.export.lower import lower, touched_tensors
 from bakeout.export.manifest import base_of, file_digest
@@ -38,8 +38,8 @@ DRAWN = {
 }  # fmt: skip
 
 
-WHOLE = {"files", "edit", "edit-is-seen", "reference-pictures", "configuration", "weights"}
-SOMETIMES = {"interface", "kept-prompts", "reference"}
+WHOLE = {"files", "edit", "validity", "edit-is-seen", "reference-pictures", "configuration", "weights"}
+SOMETIMES = {"interface", "edit-in-graph", "kept-prompts", "reference"}
 
 
 def pruned(model: Model, share: float, kinds: tuple[str, ...] = ("ffn2",), concept: str = "star") -> Edit:
@@ -358,7 +358,7 @@ def test_too_little_memory_for_a_target_is_no_verdict(small, judge_small, monkey
     def short(*_: object, **__: object) -> None:
         raise InputError("it failed") from RuntimeError("Failed to allocate memory for requested buffer")
 
-    monkeypatch.setattr(Artifact, "load", short)
+    monkeypatch.setattr(validation._Validation, "_load", short)
     report = judge_small(small)
     assert (report.verdict, verdicts(report)["runs"]) == ("unjudged", "unjudged")
 

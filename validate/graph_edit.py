@@ -1,0 +1,373 @@
+"""Operations that no weight can hold, in the text encoders' ONNX graphs: all there, exactly, and nothing around them.
+
+At a site S, say text_encoder.layer.9, the nodes of an edit are named bakeout/S/..., and what the node bakeout/S/edited
+gives takes the place of the site's output. Its constants are initializers, as in the Edit and rounded to float32:
+
+    bakeout.S.shift.all, bakeout.S.shift.prompted                   sums of the shifts of such rows, taken in fp64
+    bakeout.S.latents.N.encoder, encoder_bias, center, directions, strengths, neurons    of the N-th SteerLatents
+    bakeout.S.blank                                                 int64: the tokens that end and pad a prompt
+
+Of an autoencoder whose k is all of its latents there are only the encoder's rows of the neurons. `bakeout.export` is
+not asked what it wrote: the nodes of an edit are cut out of the graph, and run on tokens at which a neuron is barely
+among the k largest, or barely not, against what the operations mean.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from bakeout.editor.edit import Edit, PatchWeightInput, ShiftActivation, SteerLatents
+from bakeout.editor.model import Model
+from bakeout.editor.pipeline import load_tokenizer
+from bakeout.validate.audit import MissingError, OnnxFolder, difference, told
+from bakeout.validate.contract import contract
+from bakeout.validate.reference import has_text, preactivations, shifted
+from bakeout.validate.report.schema import Check
+from bakeout.validate.tolerances import COMPONENT
+
+_SITE = re.compile(r"(?P<component>text_encoder\w*)\.layer\.(?P<layer>\d+)(?P<inside>\.ffn2)?")
+_STATE = re.compile(r"hidden_states\.(\d+)")
+_IDS = "input_ids"
+# A graph that takes any number of tokens is asked for as many as the pipelines give it.
+_TOKENS = 77
+# Probes are random tokens of each size, and for each neuron some between one where it is among the k largest and one
+# where it is not.
+_SIZES, _RANDOM, _BETWEEN = (0.1, 1.0, 10.0), 256, 64
+# As a part of the largest preactivation: what is nearer to the k-th largest, fp32 may put on its other side.
+_NEAR = 1e-4
+# Rows that are run at a time.
+_BATCH = 8
+# Sorts of rows of tokens that have no text, or only where it is easily missed.
+_SORTS = 6
+
+Kept: TypeAlias = ShiftActivation | SteerLatents
+# What of a prompt a value carries; see `_Graph.carried`.
+_Carried = Literal["ids", "text", "edited"]
+
+
+def lengths_of(operations: Sequence[Kept]) -> dict[str, int]:
+    """The text encoders whose operations are for one number of tokens only, with that number."""
+    return {
+        it.site.partition(".")[0]: len(it.value)
+        for it in operations
+        if isinstance(it, ShiftActivation) and it.value.ndim == 2
+    }
+
+
+def first_hidden_states(edit: Edit) -> dict[str, int]:
+    """Of each text encoder that `edit` acts on, the first hidden state that all of it reaches.
+
+    An operation at layer i reaches hidden state i + 1. Prunings are spread over layers, and count with their first.
+    """
+    layers: dict[str, list[int]] = defaultdict(list)
+    pruned: dict[str, list[int]] = defaultdict(list)
+    for it in edit.operations:
+        if match := _SITE.fullmatch(it.site):
+            own = pruned if isinstance(it, PatchWeightInput) else layers
+            own[match["component"]].append(int(match["layer"]))
+    for component, found in pruned.items():
+        layers[component].append(min(found))
+    return {component: max(found) + 1 for component, found in layers.items()}
+
+
+def check_edit_in_graphs(target: str, base: Model, operations: Sequence[Kept], graphs: OnnxFolder) -> Check:
+    """Whether text encoders' graphs have these operations, on every way to what the pipelines read.
+
+    Args:
+        target: its name.
+        base: the model that was edited.
+        operations: what the graphs must hold, in the order of the Edit.
+        graphs: of the target.
+    """
+    by_site: dict[str, list[Kept]] = defaultdict(list)
+    for it in operations:
+        by_site[it.site].append(it)
+    faults: list[str] = []
+    for name in (name for name in contract(base) if name.startswith("text_encoder")):
+        try:
+            graph = _Graph(graphs, name, tuple(contract(base)[name].outputs))
+            tokenizer = load_tokenizer(base.parts[name.replace("text_encoder", "tokenizer")])
+            blank = torch.tensor(sorted({tokenizer.eos_token_id, tokenizer.pad_token_id}))
+            faults += [f"{name} also has an edit at {site!a:.200}" for site in sorted(graph.sites - by_site.keys())]
+            for site in (base.site(site) for site in by_site):
+                if site.component == name:
+                    faults += _site_faults(graph, site.name, by_site[site.name], blank, site.d_out)
+        except MissingError as missing:
+            faults.append(str(missing))
+    if faults:
+        summary = f"What no weight can hold is not in the graphs as it must be: {told(faults)}."
+        return Check(name="edit-in-graph", target=target, verdict="fail", summary=summary)
+    summary = (
+        f"What no weight can hold is in the graphs, at {', '.join(by_site)}, on every way to what comes after it there."
+    )
+    return Check(name="edit-in-graph", target=target, verdict="pass", summary=summary)
+
+
+class _Graph:
+    """A text encoder's graph as a file, and who reads what in it."""
+
+    def __init__(self, folder: OnnxFolder, name: str, outputs: Sequence[str]) -> None:
+        self.folder = folder
+        self.name = name
+        self.outputs = outputs
+        self.model = folder.model(name)
+        self.nodes: list[Any] = list(self.model.graph.node)
+        self.initializers = folder.initializers(name)
+
+    @property
+    def sites(self) -> set[str]:
+        """Where nodes say that they are of an edit."""
+        return {node.name.split("/")[1] for node in self.nodes if node.name.startswith("bakeout/")}
+
+    @cached_property
+    def readers(self) -> dict[str, list[str]]:
+        """Of each value, the names of the nodes that read it; the graph's outputs count as well."""
+        found: dict[str, list[str]] = defaultdict(list)
+        for node in self.nodes:
+            for value in node.input:
+                found[value].append(node.name)
+        for output in self.model.graph.output:
+            found[output.name].append(f"the output {output.name}")
+        return found
+
+    def reached_by(self, edited: str) -> set[str]:
+        """The values that depend on `edited`."""
+        found = {edited}
+        for node in self.nodes:
+            if found & set(node.input):
+                # One that is left out has no name.
+                found |= set(node.output) - {""}
+        return found
+
+    def carried(self, edited: str) -> dict[str, _Carried]:
+        """What of the prompt each value carries, were `edited` the only one that carries what it should.
+
+        `text` is what anything computed of the tokens that does not pass `edited`; `ids` are the tokens' numbers and
+        what compares or finds them, which may choose rows of what is edited: so the row of the end mark is found.
+        """
+        found: dict[str, _Carried] = {_IDS: "ids", edited: "edited"}
+        for node in self.nodes:
+            given = {found[value] for value in node.input if value in found}
+            # The number of tokens says nothing of what they are.
+            if not given or node.op_type in ("Shape", "Size"):
+                continue
+            says: _Carried = "text" if "text" in given else "edited" if "edited" in given else "ids"
+            if says == "ids" and self._makes_numbers(node):
+                says = "text"
+            found |= {value: says for value in node.output if value not in ("", edited)}
+        return found
+
+    def _makes_numbers(self, node: Any) -> bool:
+        """Whether a node that reads whole numbers may give others, as one that reads them from a table does."""
+        from onnx import TensorProto
+
+        numbers = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE)
+        read = {self.initializers[value].data_type for value in node.input if value in self.initializers}
+        made = {attribute.i for attribute in node.attribute if attribute.name in ("to", "dtype")}
+        return bool((read | made) & set(numbers)) or any(attribute.name == "value" for attribute in node.attribute)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """The nodes of an edit at a site, the value that they read, and the one that they give in its place."""
+
+    nodes: list[Any]
+    raw: str
+    edited: str
+
+
+def _site_faults(graph: _Graph, site: str, operations: Sequence[Kept], blank: Tensor, width: int) -> list[str]:
+    faults = [
+        fault
+        for name, expected in _constants(site, operations, blank).items()
+        for fault in _constant_faults(graph, name, expected, f"bakeout/{site}/")
+    ]
+    part = _part(graph, f"bakeout/{site}/", any(it.rows == "prompted" for it in operations))
+    if isinstance(part, str):
+        return [*faults, part]
+    faults += _ways_around(graph, site, part)
+    # With other constants it has another meaning, if any.
+    return faults or list(_other_meanings(graph, site, operations, blank, part, width))
+
+
+def _constant_faults(graph: _Graph, name: str, expected: Tensor, home: str) -> Iterator[str]:
+    found = graph.folder.tensor(graph.name, name, expected.dtype)
+    if not torch.equal(found, expected):
+        count = int((found != expected).sum()) if found.shape == expected.shape else expected.numel()
+        yield difference(name, found, expected, count)
+    strangers = [it for it in graph.readers[name] if not it.startswith(home)]
+    if strangers or not graph.readers[name]:
+        yield f"{name} is read by {strangers[0]!a:.100}" if strangers else f"nothing reads {name}"
+    if name in {it.name for it in graph.model.graph.input}:
+        yield f"{name} is an input too, and so anything that a caller says"
+
+
+def _constants(site: str, operations: Sequence[Kept], blank: Tensor) -> dict[str, Tensor]:
+    """By the name of the initializer, what it must be, float32 or int64."""
+    sums: dict[str, Tensor] = {}
+    found: dict[str, Tensor] = {}
+    for it in operations:
+        if isinstance(it, ShiftActivation):
+            name = f"bakeout.{site}.shift.{it.rows}"
+            sums[name] = sums.get(name, torch.zeros((), dtype=torch.float64)) + it.value.double()
+    latents = [it for it in operations if isinstance(it, SteerLatents)]
+    for number, it in enumerate(latents):
+        own = {name: getattr(it, name) for name in ("center", "directions", "strengths")}
+        everything = it.k == len(it.encoder)
+        rows = it.neurons if everything else slice(None)
+        own |= {"encoder": it.encoder[rows], "encoder_bias": it.encoder_bias[rows]}
+        own |= {} if everything else {"neurons": it.neurons}
+        found |= {f"bakeout.{site}.latents.{number}.{name}": value for name, value in own.items()}
+    if any(it.rows == "prompted" for it in operations):
+        found[f"bakeout.{site}.blank"] = blank
+    return {name: value.float() if value.is_floating_point() else value for name, value in {**sums, **found}.items()}
+
+
+def _part(graph: _Graph, home: str, prompted: bool) -> _Part | str:
+    """The part of a graph that is an edit; or, in words, why there is none that could be told from the rest."""
+    own = [node for node in graph.nodes if node.name.startswith(home)]
+    last = [node for node in own if node.name == f"{home}edited"]
+    if len(last) != 1 or len(last[0].output) != 1:
+        return f"{graph.name} has not one node {home}edited"
+    if any(attribute.HasField("g") or attribute.graphs for node in graph.nodes for attribute in node.attribute):
+        return f"{graph.name} has a node with graphs of its own, which may do anything"
+    edited = last[0].output[0]
+    made = {value for node in own for value in node.output}
+    given = {value for node in own for value in node.input if value} - made - graph.initializers.keys()
+    given -= {_IDS} if prompted else set()
+    if len(given) != 1:
+        return f"{home}... reads {len(given)} values where it is to read what the site gives"
+    (raw,) = given
+    for value in sorted({raw, *made} - {edited}):
+        others = [it for it in graph.readers[value] if not it.startswith(home)]
+        if others:
+            return f"{others[0]!a:.100} reads {value!a:.100} from beside {home}edited"
+    return _Part(own, raw, edited)
+
+
+def _ways_around(graph: _Graph, site: str, part: _Part) -> Iterator[str]:
+    match = _SITE.fullmatch(site)
+    if match is None:
+        raise ValueError(f"{site} is no site of a text encoder")
+    carried, reached = graph.carried(part.edited), graph.reached_by(part.edited)
+    for output in graph.outputs:
+        state = _STATE.fullmatch(output)
+        if state and int(state[1]) <= int(match["layer"]):
+            continue
+        # What a layer's second FFN gives is added to what goes past it.
+        passes = output in reached if match["inside"] else carried.get(output) == "edited"
+        if not passes:
+            yield f"{graph.name} has a way to {output} around bakeout/{site}/edited"
+
+
+def _other_meanings(
+    graph: _Graph, site: str, operations: Sequence[Kept], blank: Tensor, part: _Part, width: int
+) -> Iterator[str]:
+    run = _runner(graph, part, width)
+    tokens = lengths_of(operations).get(graph.name, _TOKENS)
+    y, clear = _probes(operations, width, tokens)
+    ids = _ids(blank, len(y), tokens)
+    text = has_text(ids, blank)
+    wrong = judged = touched = 0
+    # Alone, too: the size of the batch must not choose what is done.
+    batches = [slice(first, first + _BATCH) for first in range(0, len(y), _BATCH)]
+    for rows in (*batches, slice(0, 1), slice(len(y) - 1, len(y))):
+        found = run(y[rows], ids[rows])
+        expected = shifted(operations, y[rows].double(), {"prompted": text[rows]})
+        size = torch.maximum(expected.norm(dim=-1), y[rows].double().norm(dim=-1))
+        near = (found.double() - expected).norm(dim=-1) <= COMPONENT.limit * size
+        wrong += int((~near & clear[rows]).sum())
+        judged += int(clear[rows].sum())
+        if all(it.rows == "prompted" for it in operations):
+            touched += int((found != y[rows])[~text[rows]].sum())
+    if wrong:
+        yield f"at {site} it gives something else than the edit for {wrong:,} of {judged:,} tokens"
+    if touched:
+        yield f"at {site} it changes {touched:,} values of empty prompts"
+
+
+def _runner(graph: _Graph, part: _Part, width: int) -> Callable[[Tensor, Tensor], Tensor]:
+    """What a part of a graph gives for y, float32 [batch, tokens, d], and input_ids, in ONNX Runtime on the CPU."""
+    import onnxruntime
+    from onnx import TensorProto, helper
+
+    names = sorted({value for node in part.nodes for value in node.input} & graph.initializers.keys())
+    cut = helper.make_graph(
+        part.nodes,
+        "edit",
+        [
+            helper.make_tensor_value_info(part.raw, TensorProto.FLOAT, [None, None, width]),
+            helper.make_tensor_value_info(_IDS, TensorProto.INT64, [None, None]),
+        ],
+        [helper.make_tensor_value_info(part.edited, TensorProto.FLOAT, None)],
+        [graph.folder.whole(graph.name, name) for name in names],
+    )
+    model = helper.make_model(
+        cut, opset_imports=graph.model.opset_import, functions=graph.model.functions, ir_version=graph.model.ir_version
+    )
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, ["CPUExecutionProvider"])
+
+    def run(y: Tensor, ids: Tensor) -> Tensor:
+        (found,) = session.run([part.edited], {part.raw: y.numpy(), _IDS: ids.numpy()})
+        return torch.from_numpy(found)
+
+    return run
+
+
+def _probes(operations: Sequence[Kept], width: int, tokens: int) -> tuple[Tensor, Tensor]:
+    """Float32 [batch, tokens, d], and bool [batch, tokens]: where no neuron is too near to the k-th largest to tell."""
+    generator = torch.Generator().manual_seed(0)
+    random = torch.cat([torch.randn(_RANDOM, width, generator=generator) * size for size in _SIZES])
+    latents = [it for it in operations if isinstance(it, SteerLatents)]
+    gated = [it for it in latents if it.k < len(it.encoder)]
+    parts = [random, *(part for it in gated for part in _between(it, random + it.center.float()))]
+    probes = torch.cat(parts)
+    places = torch.arange(-(-len(probes) // tokens) * tokens) % len(probes)
+    # Where latents do the most, rows that should have been skipped, or should not, are seen.
+    moved = shifted([replace(it, rows="all") for it in latents], probes.double(), {}) - probes
+    most = moved.norm(dim=1).topk(tokens).indices
+    y = probes[torch.cat([places, most.repeat(_SORTS)])].reshape(-1, tokens, width)
+    clear = torch.ones(y.shape[:2], dtype=torch.bool)
+    for it in gated:
+        clear &= torch.cat([_clear(it, part) for part in y])
+    return y, clear
+
+
+def _between(operation: SteerLatents, random: Tensor) -> Iterator[Tensor]:
+    """Of each neuron, tokens between the two random ones at which it is nearest to being the k-th largest."""
+    before = preactivations(operation, random.double())
+    for neuron in operation.neurons.tolist():
+        rank = (before > before[:, neuron, None]).sum(1)
+        inside = random[rank.where(rank < operation.k, -1).argmax()]
+        outside = random[rank.where(rank >= operation.k, before.shape[1]).argmin()]
+        yield torch.lerp(inside, outside, torch.linspace(0, 1, _BETWEEN)[:, None])
+
+
+def _clear(operation: SteerLatents, y: Tensor) -> Tensor:
+    """Of tokens [n, d], at which each neuron is beyond rounding among the k largest, or not among them: bool [1, n]."""
+    before = preactivations(operation, y.double())
+    last, next_one = before.topk(operation.k + 1).values[:, -2:, None].unbind(1)
+    own = before[:, operation.neurons]
+    apart = torch.where(own >= last, own - next_one, last - own).amin(1)
+    return (apart > _NEAR * before.abs().amax(1))[None]
+
+
+def _ids(blank: Tensor, rows: int, tokens: int) -> Tensor:
+    """int64 [rows, tokens]: rows of text, and at the end `_SORTS` rows."""
+    text = next(it for it in range(len(blank) + 1) if it not in blank.tolist())
+    ids = torch.full((rows, tokens), text)
+    ids[-_SORTS:] = blank[torch.arange(tokens) % len(blank)]
+    # One word, and one after many end marks; the first token is no part of a prompt.
+    ids[-6, 1], ids[-5, -1], ids[-4, 0] = text, text, text
+    ids[-3], ids[-2] = blank[0], blank[-1]
+    return ids
