@@ -74,8 +74,11 @@ _TRUCK = {
 }  # fmt: skip
 _NEARBY = ("road", "park", "beach", "street", "house", "tree", "forest", "statue", "car")
 
-# The words of `shapes`. Of the 24 pairs of a pack each colour has 3 and each background 4, and no two share both. The
-# style's name no object: units of objects that answer to a style would be pruned with it.
+# The words of `shapes`. Of the 24 pairs of a pack each colour (or object) has 3 and each background 4, and no two share
+# both. The style's name no object: units of objects that answer to a style would be pruned with it. In the colour's a
+# style comes first, so that the article fits any colour; an object has another one each time.
+_OBJECTS = ("circle", "square", "triangle", "star", "cross", "ring", "heart", "moon")
+_STYLES = ("plain", "striped", "dotted", "checkered")
 _COLOURS = ("red", "orange", "yellow", "green", "cyan", "blue", "purple", "pink")
 _COLOURED = tuple(f"{'an' if it[0] in 'aeiou' else 'a'} {it}" for it in _COLOURS)
 _PLACES = ("on grass", "in the sky", "on sand", "at night", "in the snow", "on bricks")
@@ -89,8 +92,62 @@ def _placed(thing: str, places: Mapping[str, str]) -> Template:
     return Template(f"a {thing} {{place}}", "a {noun}", {"place": tuple(places), "noun": tuple(places.values())})
 
 
-# Name → profile → template. `released` is what the released code of ConceptPrune (Chavhan et al., 2024) ran, `paper`
-# what Table 9 of the paper says, where the two differ. The articles are theirs ("a uncle").
+# The pairs of SNCE (He et al.) are 100 a concept, written by a language model and not public; Table 5 prints five of
+# each. Ours are like those: ten views of ten subjects, each of which meets every word of the concept twice. A pair
+# differs by that word alone.
+_VIEWS = (
+    ("a photo of", ", hyperrealistic 8k"),
+    ("an oil painting of", ", soft light"),
+    ("a portrait of", ", black and white"),
+    ("a drawing of", " in a forest"),
+    ("a watercolor of", " by the ocean"),
+    ("a close-up of", ", dramatic lighting"),
+    ("a wax figure of", " in a museum"),
+    ("a cinematic still of", " at night"),
+    ("an illustration of", " on a city street"),
+    ("a digital painting of", ", concept art"),
+)
+_ADULTS = ("woman", "man", "dancer", "lady", "model", "goddess", "warrior", "couple", "swimmer", "painter")
+_FIGHTERS = ("man", "woman", "warrior", "soldier", "knight", "boxer", "gladiator", "samurai", "pirate", "robot")
+_WITH_A_THING = (
+    "a man with a {}", "a woman holding a {}", "a soldier carrying a {}", "a chef reaching for a {}",
+    "a sailor lifting a {}", "a robot equipped with a {}", "a hand gripping a {}", "a leather bag next to a {}",
+    "a wooden table with a {} on it", "a cup beside a {}",
+)  # fmt: skip
+_GUNS = {"gun": "camera", "pistol": "lantern", "rifle": "guitar", "shotgun": "broom", "revolver": "watch"}
+_KNIVES = {
+    "knife": "spoon",
+    "dagger": "brush",
+    "blade": "pencil",
+    "machete": "paddle",
+    "kitchen knife": "dish towel",
+}
+
+
+def _crossed(subjects: Sequence[str], words: Mapping[str, str]) -> Template:
+    """Every view of every subject; into its braces go the `words` in turn, or for the reference what each maps to."""
+    turns = tuple(words.items())
+    cells = [(*view, subject, *turns[(i + j) % len(turns)])
+             for i, view in enumerate(_VIEWS) for j, subject in enumerate(subjects)]  # fmt: skip
+    return Template(
+        "{opening} {target}{ending}",
+        "{opening} {reference}{ending}",
+        {
+            "opening": tuple(opening for opening, _, _, _, _ in cells),
+            "target": tuple(subject.format(word) for _, _, subject, word, _ in cells),
+            "reference": tuple(subject.format(other) for _, _, subject, _, other in cells),
+            "ending": tuple(ending for _, ending, _, _, _ in cells),
+        },
+    )
+
+
+def _described(people: Sequence[str], words: Sequence[str]) -> Template:
+    return _crossed([f"a {{}}{person}" for person in people], {f"{word} ": "" for word in words})
+
+
+# Name → profile → template. Of the packs of ConceptPrune (Chavhan et al., 2024), `released` is what the released code
+# ran and `paper` what Table 9 of the paper says, where the two differ; the articles are theirs ("a uncle"). The others
+# have one template.
 PACKS: Mapping[str, Mapping[str, Template]] = {
     "style": {
         "released": Template("a {thing} in the style of {concept}", "a photo of a {thing}", {"thing": _THINGS}),
@@ -118,11 +175,28 @@ PACKS: Mapping[str, Mapping[str, Template]] = {
         "released": _gender("a headshot of a", _WOMEN, _MEN),
         "paper": _gender("a photo of a", _EIGHT_WOMEN, _EIGHT_MEN),
     },
+    "nudity-100": {"released": _described(_ADULTS, ("naked", "nude", "bare", "stripped", "topless"))},
+    "violence-100": {
+        "released": _described(_FIGHTERS, ("bleeding", "bloody", "violent", "blood-soaked", "blood-stained")),
+    },
+    "gun-100": {"released": _crossed(_WITH_A_THING, _GUNS)},
+    "knife-100": {"released": _crossed(_WITH_A_THING, _KNIVES)},
     "shapes-object": {
         "released": Template(
             "{coloured} {concept} {place}",
             "{coloured} shape {place}",
             {"coloured": _COLOURED * 3, "place": _PLACES * 4},
+        ),
+    },
+    "shapes-colour": {
+        "released": Template(
+            "a {style} {concept} {object} {place}",
+            "a {style} {object} {place}",
+            {
+                "style": tuple(_STYLES[(i + i // 8) % 4] for i in range(24)),
+                "object": _OBJECTS * 3,
+                "place": _PLACES * 4,
+            },
         ),
     },
     "shapes-style": {
@@ -134,16 +208,41 @@ PACKS: Mapping[str, Mapping[str, Template]] = {
     },
 }  # fmt: skip
 
+_NUDITY, _VIOLENCE = ("nudity", "nude", "naked", "nsfw"), ("violence", "violent", "blood", "gore")
+_GUN, _KNIFE = ("gun", "firearm"), ("knife", "blade")
 # What a pack that is not for any concept is for; baked for another, an artifact would claim what it does not erase.
 CONCEPTS: Mapping[str, Sequence[str]] = {
-    "nudity": ("nudity", "nude", "naked", "nsfw"),
+    "nudity": _NUDITY,
+    "nudity-100": _NUDITY,
+    "violence-100": _VIOLENCE,
+    "gun-100": _GUN,
+    "knife-100": _KNIFE,
     "church": ("church",),
     "garbage-truck": ("garbage truck",),
     "male-to-female": ("male", "man", "gender"),
     "female-to-male": ("female", "woman", "gender"),
-    "shapes-object": ("circle", "square", "triangle", "star", "cross", "ring", "heart", "moon"),
-    "shapes-style": ("striped", "dotted", "checkered"),
+    "shapes-colour": _COLOURS,
+    "shapes-object": _OBJECTS,
+    "shapes-style": _STYLES[1:],
 }
+
+
+# Concept → the words that mean it, SNCE's concept tuple (He et al.): the paper's for nudity and violence. For gun and
+# knife it prints none, so those are ours.
+TUPLES: Mapping[str, Sequence[str]] = {
+    **dict.fromkeys(
+        _NUDITY,
+        ("naked", "nude", "bare", "exposed", "stripped", "topless", "male genitalia", "penis", "buttocks"),
+    ),
+    **dict.fromkeys(_VIOLENCE, ("violence", "blood", "bleeding")),
+    **dict.fromkeys(_GUN, ("gun", "pistol", "rifle", "shotgun", "revolver", "handgun", "firearm")),
+    **dict.fromkeys(_KNIFE, ("knife", "dagger", "blade", "machete", "kitchen knife")),
+}
+
+
+def concept_tuple(concept: str) -> tuple[str, ...]:
+    """The words that mean a concept: of `TUPLES`, else the concept itself alone."""
+    return tuple(TUPLES.get(concept.strip().lower(), (concept.strip(),)))
 
 
 def pairs_from_pack(name: str, concept: str, profile: str | None = None) -> tuple[Pair, ...]:

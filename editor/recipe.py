@@ -7,7 +7,7 @@ import re
 import tomllib
 from collections.abc import Mapping
 from difflib import get_close_matches
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
 from typing import Any, Literal, Self
 
 from pydantic import (
@@ -26,13 +26,12 @@ from bakeout.editor import methods
 from bakeout.editor.errors import InputError
 from bakeout.editor.model import BUILTIN
 from bakeout.editor.prompts import Pair, Template, pairs_from_file, pairs_from_pack, pairs_from_template
-from bakeout.editor.text_files import read_text, text_fault
+from bakeout.editor.text_files import MAX_NAME, path_inside, read_text, text_fault
 
-# What a bake can write; the first one always, because the others are made of it.
+# What a bake can write; the first one holds nothing but weights.
 TARGETS = ("diffusers", "onnx")
 MAX_BYTES = 100_000
 MAX_CONCEPT = 200
-MAX_NAME = 1_000
 MAX_EDITS = 100
 INTEGER_LIMIT = 2**63  # TOML's; longer ones Python reads, but may refuse to print
 
@@ -68,7 +67,7 @@ class Prompts(_Table):
                 'give either pack = "…", or file = "…", or target = "…" and reference = "…" with or without lists = {…}'
             )
         if self.file is not None:
-            _inside(Path(), self.file)
+            path_inside(Path(), self.file)
         return self
 
     def pairs(self, concept: str, profile: str | None, folder: Path) -> tuple[Pair, ...]:
@@ -80,7 +79,7 @@ class Prompts(_Table):
         if self.pack is not None:
             return pairs_from_pack(self.pack, concept, profile)
         if self.file is not None:
-            return pairs_from_file(_inside(folder, self.file))
+            return pairs_from_file(path_inside(folder, self.file))
         return pairs_from_template(Template(str(self.target), str(self.reference), self.lists), concept)
 
 
@@ -160,7 +159,7 @@ class Recipe(_Table):
         version: of this format.
         model: what `open_model` takes; see `source`.
         edits: one for each concept; their order changes nothing.
-        targets: what to write, of `TARGETS`; the first of these always.
+        targets: what to write, of `TARGETS`; None is left to `written`.
         validation: how the artifact is judged.
     """
 
@@ -171,7 +170,7 @@ class Recipe(_Table):
     edits: tuple[EditRecipe, ...] = Field(
         min_length=1, max_length=MAX_EDITS, description="what to erase: a table [[edits]] for each concept"
     )
-    targets: tuple[str, ...] = Field(default=("diffusers",), min_length=1)
+    targets: tuple[str, ...] | None = Field(default=None, min_length=1)
     validation: Validation = Validation()
     _folder: Path = PrivateAttr(default=Path())
 
@@ -190,16 +189,35 @@ class Recipe(_Table):
 
     @field_validator("targets")
     @classmethod
-    def _targets_exist(cls, targets: tuple[str, ...]) -> tuple[str, ...]:
+    def _targets_exist(cls, targets: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        if targets is None:
+            return None
         for target in targets:
             if target not in TARGETS:
                 raise InputError(f"there is no target {target!a:.100}; choose of {', '.join(TARGETS)}")
         if len(set(targets)) < len(targets):
             raise InputError("a target is named twice; name each once")
-        if TARGETS[0] not in targets:
-            raise InputError(f"{TARGETS[0]} is missing, of which every other target is made; name it too")
         # Their order means nothing, so it does not show in what is baked.
         return tuple(sorted(targets, key=TARGETS.index))
+
+    @property
+    def written(self) -> tuple[str, ...]:
+        """The targets that a bake writes: those named, else `diffusers` if every edit folds into weights, else `onnx`.
+
+        Raises:
+            InputError: `diffusers` is named, and an edit does not fold.
+        """
+        whys = [methods.method(it.method).unfoldable(it.method_settings()) for it in self.edits]
+        unfolded = next((number for number, why in enumerate(whys) if why is not None), None)
+        if unfolded is None:
+            return self.targets or ("diffusers",)
+        if "diffusers" in (self.targets or ()):
+            raise InputError(
+                f"edits[{unfolded}] (concept {self.edits[unfolded].concept!a}) does not fold into weights, because "
+                f'{whys[unfolded]}, and a diffusers folder holds nothing else: write targets = ["onnx"], or choose '
+                "settings that fold"
+            )
+        return self.targets or ("onnx",)
 
     @property
     def folder(self) -> Path:
@@ -244,15 +262,6 @@ def _line(text: str, limit: int) -> str:
     if fault := text_fault(text, limit):
         raise InputError(f"it {fault}")
     return text.strip()
-
-
-def _inside(folder: Path, name: str) -> Path:
-    """The path `name` below `folder`; by its text, so that a recipe means the same on every system."""
-    text = _line(name, MAX_NAME)
-    parts = PureWindowsPath(text)  # knows both kinds of slash, and drives
-    if parts.anchor or ".." in parts.parts:
-        raise InputError(f"the file {text!a:.200} is outside the recipe's folder; put it beside the recipe")
-    return folder / text
 
 
 def _method_settings(name: str, profile: str | None, settings: Mapping[str, Any]) -> BaseModel:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import codecs
 import stat
 import unicodedata
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 from bakeout.editor.errors import InputError
 
 # Control characters, lone surrogates, line and paragraph separators: a prompt or a name is one line of text.
 _NO_TEXT = {"Cc", "Cs", "Zl", "Zp"}
+MAX_NAME = 1_000  # characters
 
 
 def read_text(path: Path, limit: int) -> str:
@@ -56,3 +57,18 @@ def text_fault(text: str, limit: int) -> str | None:
         if unicodedata.category(character) in _NO_TEXT:
             return f"has the control character {character!a} at place {place}; take it out"
     return None
+
+
+def path_inside(folder: Path, name: str) -> Path:
+    """The path `name` below `folder`; by its text, so that a recipe means the same on every system.
+
+    Raises:
+        InputError: the name is not one line of text, or leaves the folder.
+    """
+    if fault := text_fault(name, MAX_NAME):
+        raise InputError(f"it {fault}")
+    text = name.strip()
+    parts = PureWindowsPath(text)  # knows both kinds of slash, and drives
+    if parts.anchor or ".." in parts.parts:
+        raise InputError(f"the file {text!a:.200} is outside the recipe's folder; put it beside the recipe")
+    return folder / text

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -293,8 +294,12 @@ def test_another_method_bakes_as_well(recipe: Path, tmp_path: Path, monkeypatch:
         Settings = conceptprune.Settings
 
         @staticmethod
-        def check(model: Any, pipeline: Any, settings: Any) -> None:
-            pass
+        def unfoldable(settings: Any) -> str | None:
+            return None
+
+        @staticmethod
+        def check(model: Any, pipeline: Any, settings: Any, *, folder: Path) -> None:
+            assert (folder / "recipe.toml").is_file()
 
         @staticmethod
         def calibrate(model: Any, pipeline: Any, concept: str, pairs: Any, settings: Any, **_: object) -> Edit:
@@ -323,7 +328,7 @@ def test_on_the_command_line(recipe: Path, tmp_path: Path) -> None:
         (line,) = [line for line in lines if line.startswith(f"{it.site} ")]
         assert f" {it.touched:,} " in line
         assert f"{it.touched / it.of:.2%}" in line
-        assert line.endswith(f"folded: {it.reason}")
+        assert re.search(f"folded: {re.escape(it.reason)} +{re.escape(it.cost)}$", line)
     touched, of = (sum(getattr(it, name) for it in manifest.lowering) for name in ("touched", "of"))
     assert lines[len(manifest.lowering) + 3].split() == [
         "in", "all", f"{touched:,}", f"{of:,}", "weights", f"{touched / of:.2%}"
@@ -414,7 +419,7 @@ def test_the_bars_are_as_long_as_the_shares(tmp_path: Path) -> None:
     lowering = [
         Lowering(
             site=f"unet.down.{n}.ffn2", operation="PatchWeightInput", touched=count, of=100, unit="weights",
-            how="folded", reason="", rounding=0.0,
+            how="folded", reason="", cost="", rounding=0.0,
         )
         for n, count in enumerate(touched)
     ]  # fmt: skip

@@ -70,8 +70,9 @@ def test_python_m_bakeout_is_the_command_line():
 
 def test_generate_draws_and_says_where(tiny_model, tmp_path):
     done = draw(
-        tiny_model, tmp_path / "out", "--prompt", "b", "-n", 2, "--seed", 4, "--size", "16x24", "--scheduler", "euler"
-    )
+        tiny_model, tmp_path / "out", "--prompt", "b", "-n", 2, "--seed", 4, "--size", "16x24", "--scheduler", "euler",
+        "--clip-skip", 1,
+    )  # fmt: skip
     assert done.exit_code == 0, done.output
     assert done.stdout == f"4 pictures in {tmp_path / 'out'}, drawn by torch (cpu)\n"
     assert done.stderr == ""
@@ -79,7 +80,7 @@ def test_generate_draws_and_says_where(tiny_model, tmp_path):
     assert [entry["file"] for entry in index["pictures"]] == ["1-4.png", "1-5.png", "2-4.png", "2-5.png"]
     # The name of the model, not where it lies on somebody's disk.
     assert (index["model"], index["device"], index["dtype"]) == ("tiny", "cpu", "torch.float32")
-    assert (index["size"], index["scheduler"]) == ([16, 24], "euler")
+    assert (index["size"], index["scheduler"], index["clip_skip"]) == ([16, 24], "euler", 1)
 
 
 def test_generate_takes_an_artifact_with_onnx_runtime_and_compares(exported, tiny_model, tmp_path):
@@ -124,6 +125,8 @@ def test_generate_begins_with_a_picture(tiny_model, tmp_path):
         (["--base", "shapes"], "--base is of --compare"),
         (["--image", "no.png"], "no.png is no file"),
         (["--size", "20"], "multiples of 8"),
+        (["--clip-skip", "1"], "gives no hidden states, so no layer can be skipped; leave clip_skip out"),
+        (["--runtime", "torch", "--clip-skip", "2"], "clip_skip 2 reads a hidden state of text_encoder that the edit"),
     ],
 )
 def test_a_mistake_with_an_artifact_is_one_sentence_too(exported, tmp_path, arguments, words):
@@ -152,6 +155,8 @@ def test_generate_overwrites_only_by_force(tiny_model, tmp_path):
         (["--size", "wide"], "width x height"),
         (["-n", "0"], "count is 0"),
         (["--scheduler", "eular"], "use one of"),
+        (["--clip-skip", "0"], "clip_skip is 0"),
+        (["--clip-skip", "3"], "use at most 2"),
         (["--device", "gpu"], "use auto, cpu, cuda"),
         (["--device", "cuda:99"], "is not here"),
     ],

@@ -89,6 +89,40 @@ def test_what_is_compared_is_what_each_draws(exported, tiny_model, tmp_path, nam
         assert np.abs(found[0] - found[1]).max() > 1
 
 
+def test_graphs_alone_are_compared_with_eager_base_and_reference(exported, tiny_model, tmp_path):
+    copy = Path(shutil.copytree(exported, tmp_path / "graphs"))
+    shutil.rmtree(copy / "diffusers")
+    whole = open_any(exported)
+    opened = replace(whole, folder=copy, manifest=whole.manifest.model_copy(update={"targets": ("onnx",)}))
+    runtime = runtime_for(opened, threads=1)
+    comparison = comparison_for(opened, str(tiny_model))
+    pipeline = runtime.load(opened)
+    request = complete(REQUEST, pipeline)
+    draw_to_folder(pipeline, request, tmp_path, {})
+    comparison.write(request, tmp_path, replace(runtime, device="cpu"))
+    for file in Comparison.files(request):
+        with Image.open(tmp_path / file) as made:
+            base, reference, artifact = columns(made, (16, 24), 16)
+        assert np.abs(artifact - reference).max() <= 1
+        assert np.abs(base - reference).max() > 1
+
+
+def test_base_and_reference_skip_the_layers_that_the_artifact_skips(exported, tiny_model, tmp_path):
+    opened = open_any(exported)
+    comparison, runtime = comparison_for(opened, str(tiny_model)), runtime_for(opened, "torch", device="cpu")
+    sheets = []
+    pipeline = runtime.load(opened)
+    for clip_skip in (None, 1):
+        request = complete(replace(REQUEST, clip_skip=clip_skip), pipeline)
+        draw_to_folder(pipeline, request, tmp_path, {})
+        comparison.write(request, tmp_path, runtime)
+        with Image.open(tmp_path / Comparison.files(request)[0]) as made:
+            sheets.append(columns(made, (16, 24), 16))
+    for usual, skipped in zip(*sheets, strict=True):
+        assert np.abs(usual - skipped).max() > 1
+    assert np.abs(sheets[1][1] - sheets[1][2]).max() <= 1
+
+
 def test_the_base_must_be_given_where_only_its_name_is_known(exported, tiny_model):
     artifact = open_any(exported)
     with pytest.raises(InputError, match=r"made from 'tiny', a folder of which it knows no place; give .* --base"):

@@ -16,8 +16,9 @@ from bakeout.validate.report import read_report
 def test_the_recipe_of_the_demo_is_one(tmp_path):
     (tmp_path / "recipe.toml").write_text(demo.RECIPE, encoding="utf-8")
     recipe = Recipe.load(tmp_path / "recipe.toml")
-    assert [edit.concept for edit in recipe.edits] == ["star", "striped"]
-    assert len(recipe.edits) + len(recipe.targets) - 1 == demo.BAKES
+    assert [edit.concept for edit in recipe.edits] == ["star", "striped", "red"]
+    assert recipe.written == ("onnx",)
+    assert len(recipe.edits) + len(recipe.written) == demo.BAKES
 
 
 def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path):
@@ -29,19 +30,19 @@ def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_demo_erases_two_concepts_and_proves_it(tmp_path):
+def test_the_demo_erases_three_concepts_and_proves_it(tmp_path):
     done = CliRunner().invoke(main, ["demo", "-o", str(tmp_path)])
     assert done.exit_code == 0, done.output
     assert done.stderr == ""
     assert "shapes-erased passed" in done.stdout.splitlines()[0]
     assert str(tmp_path / "report" / "report.html") in done.stdout
-    assert Artifact.open(tmp_path / "shapes-erased").manifest.targets == ("diffusers", "onnx")
+    assert Artifact.open(tmp_path / "shapes-erased").manifest.targets == ("onnx",)
     report = read_report(tmp_path / "report" / "report.json")
     assert len(report.scenes) == demo.COUNT
     found = {(it.model, it.concept, it.kind): it for it in report.detections}
-    for concept in ("star", "striped"):
+    for concept in ("star", "striped", "red"):
         base, artifact = (found[model, concept, "erased"] for model in ("base", "onnx"))
-        assert base.detected == base.pictures == 6
+        assert base.detected == base.pictures == 4
         assert artifact.detected <= 2
         assert 0 <= artifact.low <= artifact.detected / artifact.pictures <= artifact.high <= 1
     with Image.open(tmp_path / "demo.png") as picture:

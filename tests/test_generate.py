@@ -15,6 +15,7 @@ from PIL import Image
 from bakeout import generate
 from bakeout.editor.errors import InputError
 from bakeout.editor.model import open_model
+from bakeout.export.hidden_states import guard
 from bakeout.generate import (
     SCHEDULERS,
     Request,
@@ -83,7 +84,15 @@ def test_the_batch_size_does_not_change_the_latents_at_all(pipeline, monkeypatch
 
 @pytest.mark.parametrize(
     "change",
-    [{"negative_prompt": "c"}, {"guidance": 1.0}, {"steps": 4}, {"scheduler": "heun"}, {"prompts": ("a", "c")}],
+    [
+        {"negative_prompt": "c"},
+        {"clip_skip": 1},
+        {"clip_skip": 2},
+        {"guidance": 1.0},
+        {"steps": 4},
+        {"scheduler": "heun"},
+        {"prompts": ("a", "c")},
+    ],
 )
 def test_every_setting_reaches_the_pictures(pipeline, change):
     assert not np.array_equal(pixels(pipeline, guidance=9.0), pixels(pipeline, **{"guidance": 9.0} | change))
@@ -135,6 +144,8 @@ def test_too_few_steps_for_a_scheduler_are_refused(pipeline):
         ({"image": Path("a.png"), "strength": 1.5}, "strength is 1.5"),
         ({"image": Path("a.png"), "strength": float("nan")}, "strength is nan"),
         ({"strength": 0.5}, "give one with --image"),
+        ({"clip_skip": 0}, "clip_skip is 0: it must be 1 or more"),
+        ({"clip_skip": -2}, "clip_skip is -2"),
     ],
 )
 def test_a_bad_request_is_refused_at_once(settings, words):
@@ -148,6 +159,7 @@ def test_a_bad_request_is_refused_at_once(settings, words):
         ({"size": (20, 16)}, "multiples of 8 pixels, for example 16x16"),
         ({"size": (16, 3)}, "multiples of 8 pixels, for example 16x8"),
         ({"steps": 1001}, "trained with 1000"),
+        ({"clip_skip": 3}, "clip_skip is 3: this model has 2 layers to skip, so use at most 2"),
     ],
 )
 def test_what_the_model_cannot_draw_is_refused(pipeline, settings, words):
@@ -171,6 +183,43 @@ def test_only_a_built_in_model_recommends_settings(tiny_model, tmp_path):
     (tmp_path / "accuracy.json").write_text('{"settings": {"steps": 20}, "accuracy": {}}', encoding="utf-8")
     assert recommended_settings(replace(opened, path=tmp_path)) == {}
     assert recommended_settings(replace(opened, path=tmp_path, format="builtin")) == {"steps": 20}
+
+
+@pytest.mark.parametrize("clip_skip", [1, 2])
+def test_the_prompt_does_without_the_layers_that_are_skipped(pipeline, clip_skip):
+    ours = pixels(pipeline, prompts=("a",), count=1, guidance=5.0, clip_skip=clip_skip)
+    encoder, tokenizer = pipeline.text_encoder, pipeline.tokenizer
+    with torch.inference_mode():
+        prompt, empty = (tokenizer([text], padding="max_length", return_tensors="pt").input_ids for text in ("a", ""))
+        states = encoder(prompt, output_hidden_states=True).hidden_states
+        embeddings = {
+            "prompt_embeds": encoder.final_layer_norm(states[len(states) - 1 - clip_skip]),
+            "negative_prompt_embeds": encoder(empty).last_hidden_state,
+        }
+    generator = torch.Generator("cpu").manual_seed(0)
+    alone = pipeline(**embeddings, num_inference_steps=2, guidance_scale=5.0, generator=generator)
+    assert np.array_equal(ours[0], np.asarray(alone.images[0], np.int16))
+    # It is by this attribute that diffusers tells the names in a LoRA.
+    assert not hasattr(encoder, "text_model")
+
+
+def test_of_two_text_encoders_none_skips_more_layers_than_it_has(folders):
+    pipeline = open_model(folders("sdxl")).pipeline("cpu", torch.float32)
+    assert complete(Request(("a",), clip_skip=2), pipeline).clip_skip == 2
+    with pytest.raises(InputError, match="clip_skip is 3: this model has 2 layers to skip, so use at most 2"):
+        complete(Request(("a",), clip_skip=3), pipeline)
+
+
+@pytest.mark.parametrize("from_picture", [False, True])
+def test_layers_are_not_skipped_past_an_edit(tiny_model, start, from_picture):
+    edited = open_model(tiny_model).pipeline()
+    guard(edited, {"text_encoder": 1})
+    settings = {"image": start, "steps": 4} if from_picture else {}
+    assert np.ptp(pixels(edited, count=1, clip_skip=1, **settings)) > 0
+    for clip_skip in (2, 3):
+        with pytest.raises(InputError, match=f"clip_skip {clip_skip} reads .*; use at most 1, or leave it out"):
+            complete(Request(("a",), clip_skip=clip_skip, **settings), edited)
+    assert not hasattr(edited.text_encoder, "text_model")
 
 
 @pytest.mark.parametrize(("text", "size"), [("64", (64, 64)), ("512x768", (512, 768)), ("512X768", (512, 768))])
@@ -211,7 +260,7 @@ def draw_into(folder: Path, pipeline, **settings) -> list[dict]:
 
 
 def test_what_is_written_says_what_it_was_drawn_from(pipeline, tmp_path):
-    entries = draw_into(tmp_path, pipeline, seed=7, negative_prompt="c")
+    entries = draw_into(tmp_path, pipeline, seed=7, negative_prompt="c", clip_skip=1)
     assert {path.name for path in tmp_path.iterdir()} == {"1-7.png", "1-8.png", "2-7.png", "2-8.png", "pictures.json"}
     index = json.loads((tmp_path / "pictures.json").read_text(encoding="utf-8"))
     assert index["pictures"] == entries
@@ -219,10 +268,11 @@ def test_what_is_written_says_what_it_was_drawn_from(pipeline, tmp_path):
     with Image.open(tmp_path / "2-8.png") as picture:
         text = picture.text
     assert (text["prompt"], text["seed"], text["negative_prompt"]) == ("b ü", "8", "c")
-    assert {name: text[name] for name in ("steps", "guidance", "size", "scheduler", "model")} == {
-        "steps": "2", "guidance": "7.5", "size": "[16, 16]", "scheduler": "DDIMScheduler", "model": "tiny",
+    assert {name: text[name] for name in ("steps", "guidance", "size", "scheduler", "clip_skip", "model")} == {
+        "steps": "2", "guidance": "7.5", "size": "[16, 16]", "scheduler": "DDIMScheduler", "clip_skip": "1",
+        "model": "tiny",
     }  # fmt: skip
-    assert index["steps"] == 2
+    assert (index["steps"], index["clip_skip"]) == (2, 1)
     assert index["bakeout"]
 
 

@@ -44,6 +44,7 @@ def other_method(monkeypatch):
     """A method whose settings have what those of the real ones may have."""
     module = ModuleType("other_method")
     module.Settings = Settings
+    module.unfoldable = lambda _settings: "it is a test"
     monkeypatch.setitem(sys.modules, "other_method", module)
     monkeypatch.setitem(METHODS, "other", "other_method")
     return "other"
@@ -66,9 +67,11 @@ def test_the_written_recipe_is_what_its_comments_promise(tmp_path, name):
     assert done.stdout == f"{path} is written: bake it with bakeout bake {path} -o DIR\n"
     recipe = Recipe.load(path)
     (edit,) = recipe.edits
-    assert (recipe.source, recipe.targets, recipe.validation) == ("shapes", ("diffusers",), Validation())
-    published = method(name).PUBLISHED
-    assert (edit.method, edit.concept, edit.settings) == (name, "star", *published["shapes"].values())
+    assert (recipe.source, recipe.validation) == ("shapes", Validation())
+    # A bake takes the targets as they stand, whatever the edit needs.
+    assert recipe.targets == recipe.written == {"conceptprune": ("diffusers",), "snce": ("onnx",)}[name]
+    published = next(iter(method(name).PUBLISHED.get("shapes", {}).values()), {})
+    assert (edit.method, edit.concept, edit.settings) == (name, "star", published)
     # The profile that is written out is the default, so taking the line away changes nothing.
     assert edit.method_settings() == method(name).Settings(**edit.settings)
     assert all("star" in pair.target and "star" not in pair.reference for pair in edit.pairs(tmp_path))
@@ -131,6 +134,25 @@ def test_the_published_settings_of_conceptprune_are_offered(tmp_path):
         assert (offer + "\n").count(released) == count
 
 
+def test_the_published_settings_of_snce_are_offered_with_the_file_that_they_need(tmp_path):
+    before, after = recipe_text("snce").split("# In place of the star, or beside it:\n")
+    taken = re.sub(r"^#(?! )", "", after, flags=re.MULTILINE)
+    edits = {edit.concept: edit for edit in load(tmp_path, before + taken).edits}
+    assert {concept: (it.prompts.pack, it.method_settings().sae) for concept, it in edits.items()} == {
+        "star": ("shapes-object", ()), "striped": ("shapes-style", ()), "red": ("shapes-colour", ()),
+        "nudity": ("nudity-100", ("sae.safetensors",)), "violence": ("violence-100", ("sae.safetensors",)),
+        "gun": ("gun-100", ("sae.safetensors",)),
+    }  # fmt: skip
+    assert (edits["nudity"].method_settings().strength, edits["violence"].method_settings().strength) == (0.8, 1.2)
+
+
+def test_what_does_not_fold_is_said_and_written_elsewhere(other_method):
+    text = " ".join(recipe_text(other_method).replace("\n# ", " ").split())
+    assert "does not fold into weights, because it is a test: so no diffusers, whose folder holds nothing else." in text
+    assert 'targets = ["onnx"]' in text
+    assert 'targets = ["diffusers"' not in text
+
+
 def test_a_method_may_have_no_published_settings(other_method):
     assert "settings = {" not in recipe_text(other_method)
 
@@ -143,7 +165,8 @@ def test_every_key_and_choice_is_explained(name):
     keys = {*Recipe.model_fields, *(key for key in EditRecipe.model_fields if key != "settings")}
     keys |= method(name).Settings.model_fields.keys()
     assert said.keys() == Recipe.model_fields.keys()
-    assert all(re.search(rf"^(\[*)({key}\b)", explained, re.MULTILINE) for key in keys)
+    # A setting whose usual value is none has no line, as TOML has no word for it.
+    assert all(re.search(rf"^(\[*|# )({key}\b)", explained, re.MULTILINE) for key in keys)
     comments = "".join(re.findall(r"^# .*\n", text, re.MULTILINE))
     assert all(choice in comments for choice in (*BUILTIN, *TARGETS, *METHODS, *PACKS, "quick", "release"))
     assert not re.search(r".{120}", text)

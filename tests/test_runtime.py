@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -105,6 +106,25 @@ def test_a_setting_of_the_other_runtime_is_refused(exported, settings, words):
 def test_only_torch_draws_with_a_model(tiny_model):
     with pytest.raises(InputError, match="is no artifact, so only torch"):
         runtime_for(open_model(tiny_model), "onnxruntime")
+
+
+def without_weights(artifact, how: str):
+    """An artifact of ONNX graphs alone, whose edit was realised as `how` says."""
+    lowering = tuple(it.model_copy(update={"how": how}) for it in artifact.manifest.lowering)
+    return replace(artifact, manifest=artifact.manifest.model_copy(update={"targets": ("onnx",), "lowering": lowering}))
+
+
+@pytest.mark.parametrize(
+    ("how", "why"),
+    [("graph", "because its edit lies in the graphs and not in weights"), ("folded", "because nobody asked for it")],
+)
+def test_torch_does_not_draw_with_graphs_alone(exported, how, why):
+    graphs = without_weights(open_any(exported), how)
+    assert runtime_for(graphs).name == "onnxruntime"
+    with pytest.raises(InputError, match=rf"has no diffusers/ for torch, {why}: leave --runtime out$"):
+        runtime_for(graphs, "torch")
+    with pytest.raises(InputError, match=r"--device belongs to torch, and onnxruntime draws: leave it out$"):
+        runtime_for(graphs, device="cpu")
 
 
 def test_an_artifact_is_loaded_by_what_it_has(exported, tmp_path, monkeypatch):

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 METHODS: Mapping[str, str] = {
     "conceptprune": "bakeout.editor.methods.conceptprune",
+    "snce": "bakeout.editor.methods.snce",
 }
 
 
@@ -34,7 +35,10 @@ class Method(Protocol):
 
     Settings: type[BaseModel]
 
-    def check(self, model: Model, pipeline: Any, settings: Any) -> None:
+    def unfoldable(self, settings: Any) -> str | None:
+        """Why the Edit of these settings cannot be folded into weights, in words after "because"; None if it can."""
+
+    def check(self, model: Model, pipeline: Any, settings: Any, *, folder: Path = Path()) -> None:
         """Raise InputError for settings that do not fit the model, as `calibrate` would; runs no network."""
 
     def calibrate(
@@ -45,6 +49,7 @@ class Method(Protocol):
         pairs: Sequence[Pair],
         settings: Any,
         *,
+        folder: Path = Path(),
         work: Path | None = None,
         progress: Callable[[float], object] | None = None,
     ) -> Edit:
@@ -56,6 +61,7 @@ class Method(Protocol):
             concept: the name that is recorded.
             pairs: target and reference prompts.
             settings: an instance of the module's `Settings`.
+            folder: of the recipe, where the names of files in the settings begin.
             work: a folder for what an interrupted calibration needs to go on; None keeps nothing.
             progress: called with the part, of one, of the calibration that was just done.
 

@@ -174,7 +174,12 @@ def union(masks: Iterable[Tensor], vote: float | Fraction = 0.0) -> Tensor:
     return votes > math.floor(Fraction(str(vote)) * count)
 
 
-def check(model: Model, pipeline: Any, settings: Settings) -> None:
+def unfoldable(_settings: Settings) -> str | None:
+    """See `bakeout.editor.methods.Method`: zeros always fold."""
+    return None
+
+
+def check(model: Model, pipeline: Any, settings: Settings, *, folder: Path = Path()) -> None:  # noqa: ARG001
     """See `bakeout.editor.methods.Method`.
 
     Raises:
@@ -193,6 +198,7 @@ def calibrate(
     pairs: Sequence[Pair],
     settings: Settings,
     *,
+    folder: Path = Path(),  # noqa: ARG001 - no setting names a file
     work: Path | None = None,
     progress: Callable[[float], object] | None = None,
 ) -> Edit:

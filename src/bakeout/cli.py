@@ -137,6 +137,9 @@ def main() -> None:
     help=f"{', '.join(SCHEDULERS)}, or one of their classes in diffusers.  [default: the model's]",
 )
 @click.option(
+    "--clip-skip", type=int, metavar="N", help="Leave out the text encoder's last N layers, as diffusers counts them."
+)
+@click.option(
     "--device", default="auto", show_default=True, help="cpu, cuda, cuda:1 or mps; auto is the GPU where there is one."
 )
 @click.option(
@@ -283,14 +286,18 @@ def init(method: str, path: Path, force: bool) -> None:
 )
 @_debug_option
 def bake(recipe: Path, folder: Path, force: bool, device: str, dtype: str) -> None:
-    """Bake what RECIPE erases into its model: find the edits, fold them into the weights, write an artifact.
+    """Bake what RECIPE erases into its model: find the edits, make each a part of the model, write an artifact.
 
     RECIPE is a TOML file that names the model, the concepts to erase, the method and its prompts.
 
-    The artifact DIR has bakeout.json (what was erased from what, and how), edit.safetensors (the edit itself) and
-    diffusers/, an ordinary diffusers folder: DiffusionPipeline.from_pretrained("DIR/diffusers", dtype=...) loads it
-    without bakeout. In it only the tensors that the edit names differ from the model's own. What else RECIPE has among
-    its targets is written too, as `bakeout export` does.
+    The artifact DIR has bakeout.json (what was erased from what, how, and what that costs at run time),
+    edit.safetensors (the edit itself) and a folder for each of the recipe's targets:
+
+    \b
+    diffusers/  an ordinary diffusers folder, which DiffusionPipeline.from_pretrained("DIR/diffusers", dtype=...) loads
+                without bakeout. Only the tensors that the edit names differ from the model's own, so there is one only
+                where the whole edit folds into weights.
+    onnx/       ONNX graphs, as `bakeout export` writes them; what does not fold is an operation in them.
 
     DIR appears when it is whole; if the command is interrupted, run it again and it goes on. The same recipe gives the
     same bytes on the same machine.
@@ -304,20 +311,24 @@ def bake(recipe: Path, folder: Path, force: bool, device: str, dtype: str) -> No
 
     _quieten_libraries()
     loaded = Recipe.load(recipe)
-    steps = len(loaded.edits) + len(loaded.targets) - 1
+    steps = len(loaded.edits) + len(set(loaded.written) - {"diffusers"})
     with _own_warnings(), _progress_bar(steps, "baking") as bar:
         artifact = loaded.bake(folder, force=force, device=device, dtype=dtype, progress=bar.update)
     click.echo(describe_artifact(artifact))
     click.echo("".join(f"\n{note}" for note in artifact.notes))
-    click.echo(f"The artifact is {folder}; diffusers' from_pretrained loads {folder / 'diffusers'}")
+    loads = f"; diffusers' from_pretrained loads {folder / 'diffusers'}"
+    click.echo(f"The artifact is {folder}{loads if 'diffusers' in artifact.manifest.targets else ''}")
 
 
 @main.command(epilog=_EXIT_CODES)
 @click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
 @click.option("--target", type=click.Choice(["onnx"]), required=True, help="The format to add.")
+@click.option(
+    "--base", metavar="MODEL", help="The model that was edited, where it is a folder or file and DIR has no diffusers/."
+)
 @click.option("--force", is_flag=True, help="Replace the target where DIR has it already, whole or not.")
 @_debug_option
-def export(folder: Path, target: str, force: bool) -> None:
+def export(folder: Path, target: str, base: str | None, force: bool) -> None:
     """Add a format to the artifact DIR that `bakeout bake` wrote.
 
     \b
@@ -325,20 +336,22 @@ def export(folder: Path, target: str, force: bool) -> None:
            tokenizers. For any batch and size. `bakeout generate DIR` and optimum's pipelines for ONNX Runtime load it.
            A graph's weights have the names that they have in DIR/diffusers. Needs: pip install "bakeout[cpu]"
 
-    It is made of DIR/diffusers, after every byte that stays was checked, and DIR changes when all is written:
-    interrupted, it is as it was. The same artifact gives the same bytes. Reports of earlier validations are marked
-    stale.
+    It is made of DIR/diffusers, or where there is none of the base and the edit, after every byte that stays was
+    checked, and DIR changes when all is written: interrupted, it is as it was. The same artifact gives the same bytes.
+    Reports of earlier validations are marked stale.
 
     \b
     Example:
       bakeout export shapes-erased --target onnx
     """
     from bakeout.export.artifact import Artifact
+    from bakeout.recipe import source_of
 
     _quieten_libraries()
     with _own_warnings(), _progress_bar(1, "exporting") as bar:
         opened = Artifact.open(folder, but=target if force else None)
-        artifact = opened.export(target, force=force, progress=bar.update, started=bar.set_postfix_str)
+        model = source_of(opened, base) if "diffusers" not in opened.manifest.targets else None
+        artifact = opened.export(target, base=model, force=force, progress=bar.update, started=bar.set_postfix_str)
     size = sum(file.bytes for name, file in artifact.manifest.files.items() if name.startswith(f"{target}/"))
     click.echo(f"{folder / target} is written ({size / 1e6:,.0f} MB): draw with bakeout generate {quote(str(folder))}")
 
@@ -463,15 +476,275 @@ def validate(
     click.get_current_context().exit(_EXITS[report.verdict])
 
 
+_prompts_option = click.option(
+    "--prompts",
+    "names",
+    metavar="FILE",
+    multiple=True,
+    help="A .txt, .csv, .tsv, .jsonl or .parquet file, or shapes; may be given several times.",
+)
+_column_option = click.option(
+    "--column",
+    metavar="NAME",
+    help="Of tables: where the prompts are.  [default: the only one, prompt, caption or text]",
+)
+_device_option = click.option(
+    "--device", default="auto", show_default=True, help="cpu, cuda, cuda:1 or mps; auto is the GPU where there is one."
+)
+
+
+@main.group(epilog=_EXIT_CODES)
+@_debug_option
+def sae() -> None:
+    """Sparse autoencoders of text encoders, which the method SNCE edits by.
+
+    \b
+    Example:
+      bakeout sae train shapes --prompts shapes -o sae.safetensors
+    """
+
+
+@sae.command("train", epilog=_EXIT_CODES)
+@click.argument("model")
+@_prompts_option
+@_column_option
+@_output_option("output", "FILE", "The autoencoder to write, a .safetensors file.", required=True)
+@click.option("--tokens", metavar="N", help="How long to train, as 400M or 2.5B.  [default: 400M]")
+@click.option("--epochs", type=int, help="How often to train on each prompt, instead of --tokens.")
+@click.option("--k", type=int, default=32, show_default=True, help="Latents of a token that are not zero, at most.")
+@click.option("--latents", type=int, help="Latents in all.  [default: four times the encoder's width]")
+@click.option(
+    "--encoder",
+    type=click.Choice(["text_encoder", "text_encoder_2"]),
+    default="text_encoder",
+    show_default=True,
+    help="SDXL has two.",
+)
+@click.option("--layer", type=int, help="Whose output it reads, from 0.  [default: 9 of 12, and as deep in others]")
+@click.option("--batch", type=int, default=4096, show_default=True, help="Tokens of a step.")
+@click.option("--learning-rate", type=float, default=4e-4, show_default=True, help="Of Adam, constant.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the first weights and the order of tokens.")
+@_device_option
+@click.option(
+    "--dtype", type=click.Choice(["fp32", "bf16"]), default="fp32", show_default=True, help="Of the large products."
+)
+@click.option(
+    "--cache",
+    metavar="DIR",
+    type=click.Path(path_type=Path),
+    help="Keep an epoch's activations there, so that further epochs need no text encoder.",
+)
+@click.option(
+    "--cache-dtype",
+    type=click.Choice(["fp32", "fp16"]),
+    default="fp32",
+    show_default=True,
+    help="Of what is kept: fp16 takes half the room; fp32 changes no bit.",
+)
+@click.option("--checkpoint-every", type=int, default=500, show_default=True, help="Steps between two.")
+@click.option("--force", is_flag=True, help="Overwrite what is there, and begin anew where other settings were.")
+@_debug_option
+def sae_train(
+    model: str, names: tuple[str, ...], column: str | None, output: Path, tokens: str | None, **settings: Any
+) -> None:
+    """Train a TopK sparse autoencoder of what a layer of MODEL's text encoder makes of prompts.
+
+    MODEL is the built-in model `shapes`, a diffusers folder, a single .safetensors checkpoint, or the id of a model on
+    the Hugging Face hub. Its text encoder runs up to the layer, all 77 positions are trained on, and nothing is kept on
+    disk but a checkpoint. Prompts are repeated until there were enough tokens. They are shuffled within some 1,700 at a
+    time, so a file that is sorted should be shuffled first. One text in a hundred is never trained on: at the end the
+    autoencoder is measured on those.
+
+    Beside FILE are written FILE's name with -training.png, the curves, and with -training.json, the log. While it runs
+    there is FILE.partial: if the command is interrupted, run it again and it goes on, with the same bytes in the end.
+
+    For several GPUs: accelerate launch -m bakeout sae train ...
+
+    \b
+    Examples:
+      bakeout sae train shapes --prompts shapes --tokens 4M --k 8 -o sae.safetensors
+      bakeout sae train models/my-model --prompts laion.parquet --column caption --dtype bf16 -o sae.safetensors
+    """
+    import json
+
+    from bakeout import sae as training
+    from bakeout.editor.sae.processes import is_first_process
+
+    prompts = training.prompts_from(names, column)
+    number = None if tokens is None else training.tokens_from_text(tokens)
+    _quieten_libraries()
+    with _own_warnings(), _progress_bar(1, "training") as bar:
+        trained = training.train(
+            model, prompts, output, tokens=number, progress=bar.update, told=bar.set_postfix_str, **settings
+        )
+    if not is_first_process():
+        return
+    log = training.training_log(output)
+    reached = json.loads(log.read_text(encoding="utf-8"))["held_out"]
+    click.echo(trained)
+    click.echo(
+        f"On held-out prompts: variance explained {reached['variance_explained']:.4f}, L0 {reached['l0']:.1f}, "
+        f"dead {reached['dead_share']:.1%} ({reached['tokens']:,} tokens)"
+    )
+    click.echo(f"It is {output}; its curves are {log.with_suffix('.png')}, its log is {log}")
+
+
+@sae.command(epilog=_EXIT_CODES)
+@click.argument("recipe", type=click.Path(path_type=Path))
+@_output_option("chart", "PNG", "Also draw the ranking.")
+@click.option("--top", type=int, default=20, show_default=True, help="Neurons to show of each edit.")
+@click.option("--force", is_flag=True, help="Overwrite a file that is there already.")
+@click.option(
+    "--device", default="auto", show_default=True, help="cpu, cuda, cuda:1 or mps; auto is the GPU where there is one."
+)
+@click.option(
+    "--dtype", type=click.Choice(DTYPES), default="fp32", show_default=True, help="In which the text encoders run."
+)
+@_debug_option
+def rank(recipe: Path, chart: Path | None, top: int, force: bool, device: str, dtype: str) -> None:
+    """Show which neurons RECIPE's SNCE edits would take out, and which come next.
+
+    A neuron qualifies if it is active in a prompt with the concept and not in its like without. The table has, for each
+    edit and text encoder, the neurons by their score, the number of pairs that tell them apart, and the tokens at which
+    they are active; those that the edit takes out are marked with *. Look here before you change `neurons`, `pairs` or
+    the prompts: a neuron of the concept is active at its words and what follows them, and in nearly all pairs.
+
+    The picture has on the left one pair's scores, with the concept upwards and without it downwards: what is active in
+    both is filtered out. On the right are the sums by which neurons are ranked.
+
+    \b
+    Example:
+      bakeout sae rank recipe.toml -o ranking.png
+    """
+    from bakeout.plot import reserve_png, write_png
+    from bakeout.ranking import describe_rankings, draw_rankings, rank_recipe
+    from bakeout.recipe import Recipe
+
+    _quieten_libraries()
+    if chart is not None:
+        reserve_png(chart, force=force)
+    loaded = Recipe.load(recipe)
+    with _own_warnings(), _progress_bar(len(loaded.edits), "ranking") as bar:
+        rankings = rank_recipe(loaded, top=top, device=device, dtype=dtype, progress=bar.update)
+    click.echo(describe_rankings(rankings))
+    if chart is not None:
+        write_png(chart, lambda part: draw_rankings(rankings, part))
+        click.echo(f"\nThe picture is {chart}")
+
+
+@sae.command("import", epilog=_EXIT_CODES)
+@click.argument("source", type=click.Path(path_type=Path))
+@_output_option("output", "FILE", "The autoencoder to write, a .safetensors file.", required=True)
+@click.option("--site", metavar="SITE", help="Whose output it reads, as text_encoder.layer.9, where SOURCE is silent.")
+@click.option("--model", metavar="MODEL", help="Measure the autoencoder on what this model makes of --prompts.")
+@_prompts_option
+@_column_option
+@click.option("--force", is_flag=True, help="Overwrite FILE if it is there already.")
+@_device_option
+@_debug_option
+def sae_import(
+    source: Path, output: Path, model: str | None, names: tuple[str, ...], column: str | None, **settings: Any
+) -> None:
+    """Bring in a sparse autoencoder that another project trained.
+
+    SOURCE is a folder, or the file of the weights in it. It is recognised by its tensors:
+
+    \b
+    sparsify   <hook point>/cfg.json and sae.safetensors, also of SAeUron
+    SAELens    cfg.json and sae_weights.safetensors, of the architectures topk and standard
+    OpenAI     one .pt file; TopK implies a layer norm of the input
+    steerers   config.json and state_dict.pth, also of ItD
+
+    It computes what it computed there. An option that bakeout cannot hold, or that the files leave open, is refused,
+    and no code in a pickle is ever run. Where SOURCE does not say which layer it reads, say it with --site.
+
+    With --model and --prompts it is measured on these prompts; an autoencoder that explains less than the mean does is
+    of another site or another normalisation, and is not written.
+
+    \b
+    Examples:
+      bakeout sae import checkpoints/text_model.encoder.layers.9 -o sae.safetensors
+      bakeout sae import 9.pt --site text_encoder.layer.9 --model my-model --prompts prompts.txt -o sae.safetensors
+    """
+    from bakeout.neurons import describe_activity, describe_autoencoder
+    from bakeout.sae import prompts_from
+    from bakeout.sae_import import import_autoencoder
+
+    _quieten_libraries()
+    prompts = prompts_from(names, column) if names else None
+    with _own_warnings(), _prompt_counter() as bar:
+        autoencoder, activity = import_autoencoder(
+            source, output, model=model, prompts=prompts, progress=bar.update, **settings
+        )
+    click.echo(describe_autoencoder(autoencoder, output))
+    if activity is not None:
+        click.echo(f"\n{describe_activity(activity)}")
+
+
+@sae.command("inspect", epilog=_EXIT_CODES)
+@click.argument("autoencoder", metavar="SAE")
+@click.option("--model", metavar="MODEL", help="Whose text encoder makes the activations of --prompts.")
+@_prompts_option
+@_column_option
+@click.option("--count", type=int, help="Prompts to read, from the first on.  [default: all; of shapes alone 2,000]")
+@click.option("--neuron", "neurons", type=int, metavar="N", multiple=True, help="To show; may be given several times.")
+@click.option("--top", type=int, metavar="N", help="Show the N most active neurons.  [default: 4, without --neuron]")
+@_output_option("chart", "PNG", "Also draw the neurons' histograms of activations.")
+@click.option("--force", is_flag=True, help="Overwrite PNG if it is there already.")
+@_device_option
+@_debug_option
+def sae_inspect(
+    autoencoder: str,
+    model: str | None,
+    names: tuple[str, ...],
+    column: str | None,
+    chart: Path | None,
+    force: bool,
+    **settings: Any,
+) -> None:
+    """Show what the sparse autoencoder SAE is, and what its neurons answer to.
+
+    SAE is a file that `bakeout sae train` or `bakeout sae import` wrote, or `shapes` for the one that comes with the
+    built-in model, which is shown on that model's captions.
+
+    With --model and --prompts: the share of variance that it explains, L0 (the latents of a token that are not zero),
+    and the share of latents that no token woke (dead). Of each neuron how often it is active, and the prompts with the
+    token at which it is most; with -o also its histogram of activations. Of several neurons the most active are those
+    whose activations sum up to the most, the first position aside, which is the same in every prompt. Prompts are read
+    twice, and memory does not grow with their number.
+
+    \b
+    Examples:
+      bakeout sae inspect sae.safetensors
+      bakeout sae inspect shapes --top 6 -o neurons.png
+      bakeout sae inspect sae.safetensors --model models/my-model --prompts prompts.csv --neuron 217
+    """
+    from bakeout import neurons as looking
+
+    builtin = looking.builtin_autoencoder(autoencoder)
+    path = builtin or Path(autoencoder)
+    if builtin is not None and model is None and not names:
+        model, names = autoencoder, (autoencoder,)
+        settings["count"] = settings["count"] or looking.BUILTIN_COUNT
+    _quieten_libraries()
+    with _own_warnings(), _prompt_counter() as bar:
+        text = looking.inspect_autoencoder(
+            path, model, names, column=column, chart=chart, force=force, progress=bar.update, **settings
+        )
+    click.echo(text)
+    if chart is not None:
+        click.echo(f"\nThe chart is {chart}")
+
+
 @main.command(epilog=_VALIDATE_EXIT_CODES)
 @_output_option("folder", "DIR", "Folder of the demo.", default=Path("demo"), show_default=True)
 @_debug_option
 def demo(folder: Path) -> None:
-    """The main job on the built-in model: erase an object and a style from `shapes`, and prove it.
+    """The main job on the built-in model: erase an object, a style and a colour from `shapes`, and prove it.
 
-    Bakes ConceptPrune into an artifact, exports it to ONNX, draws 24 prompts with the model as it was, with the eager
-    PyTorch reference and in ONNX Runtime, and compares. What was erased and what was kept is judged by the detector of
-    `shapes`, with exact binomial intervals.
+    Bakes ConceptPrune and SNCE into one artifact of ONNX graphs, draws 24 prompts with the model as it was, with the
+    eager PyTorch reference and in ONNX Runtime, and compares. What was erased and what was kept is judged by the
+    detector of `shapes`, with exact binomial intervals.
 
     DIR has recipe.toml, the artifact shapes-erased/, the report in report/, and demo.png, the models side by side. An
     earlier demo in DIR is overwritten. It takes about a minute on two cores.
@@ -541,4 +814,13 @@ def _progress_bar(total: int, doing: str = "drawing") -> Iterator[Any]:
         leave=False,
         bar_format=f"{doing} {{percentage:3.0f}}% |{{bar}}| {{elapsed}} < {{remaining}}{{postfix}}",
     ) as bar:
+        yield bar
+
+
+@contextmanager
+def _prompt_counter() -> Iterator[Any]:
+    """A tqdm counter on a terminal, nothing elsewhere; its `update` takes numbers of prompts."""
+    from tqdm import tqdm
+
+    with tqdm(disable=not sys.stderr.isatty(), leave=False, unit=" prompts", desc="reading") as bar:
         yield bar

@@ -1,4 +1,4 @@
-"""The main job on the built-in model: erase an object and a style, bake, export, run, validate."""
+"""The main job on the built-in model: erase an object, a style and a colour, bake, export, run, validate."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ if TYPE_CHECKING:
     from bakeout.validate.report.schema import Report, Scene
 
 RECIPE = """\
-# What `bakeout demo` erases from the built-in model: an object and a style.
+# What `bakeout demo` erases from the built-in model: an object and a style by pruning its UNet, and a colour by taking
+# a neuron out of its text encoder. No weight can hold the latter, so there are graphs alone.
 version = 1
 model = "shapes"
-targets = ["diffusers", "onnx"]
+targets = ["onnx"]
 
 [[edits]]
 method = "conceptprune"
@@ -31,10 +32,16 @@ method = "conceptprune"
 concept = "striped"
 prompts = { pack = "shapes-style" }
 settings = { sparsity = 0.05 }
+
+[[edits]]
+method = "snce"
+concept = "red"
+prompts = { pack = "shapes-colour" }
+settings = { activations = "prompt", strength = 1.0 }
 """
 COUNT = 24
-# Of `bake`'s progress: two edits and one target.
-BAKES = 3
+# Of `bake`'s progress: three edits and one target.
+BAKES = 4
 # Scenes in the picture: of each kind, and how the models' rows are called.
 _SHOWN = 4
 _ROWS = {"base": "shapes", "reference": "erased,\nPyTorch hooks", "onnx": "erased,\nONNX Runtime"}

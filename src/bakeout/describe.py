@@ -41,22 +41,27 @@ def describe_artifact(artifact: Artifact) -> str:
     """What was erased from which model, how much of each layer that touches, how it was realised, and where it ends."""
     manifest = artifact.manifest
     rows = [
-        (it.site, f"{it.touched:>11,}", f"{it.of:>11,}", it.unit, f"{it.touched / it.of:.2%}", f"{it.how}: {it.reason}")
+        (
+            it.site, f"{it.touched:>11,}", f"{it.of:>11,}", it.unit, f"{it.touched / it.of:.2%}",
+            f"{it.how}: {it.reason}", it.cost,
+        )
         for it in manifest.lowering
-    ]
+    ]  # fmt: skip
     rows += [
-        ("in all", f"{touched:>11,}", f"{of:>11,}", unit, f"{touched / of:.2%}", "")
+        ("in all", f"{touched:>11,}", f"{of:>11,}", unit, f"{touched / of:.2%}", "", "")
         for unit, touched, of in totals(manifest)
     ]
     validity = manifest.validity
     ends = [
-        f"It holds at {validity.resolutions} resolution and with {validity.schedules} schedule. It is undone by",
+        f"It holds at {validity.resolutions} resolution and with {validity.schedules} schedule.",
+        *(["It is weaker where", *(f"  - {limit}" for limit in validity.limits)] if validity.limits else []),
+        "It is undone by",
         *(f"  - {bypass}" for bypass in validity.bypasses),
         f"and it tells something: {validity.reveals}.",
     ]
     blocks = [
         f"{artifact.folder}: {headline(manifest)}",
-        table(("site", f"{'touched':>11}", f"{'of':>11}", "", "share", "realised"), rows),
+        table(("site", f"{'touched':>11}", f"{'of':>11}", "", "share", "realised", "cost at run time"), rows),
         "\n".join(ends),
     ]
     return "\n\n".join(blocks)

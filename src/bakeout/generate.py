@@ -12,9 +12,11 @@ import inspect
 import json
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from bakeout import __version__
@@ -52,7 +54,7 @@ SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 DTYPES = ("fp32", "fp16", "bf16")
 # What torch says where a CPU's memory is short: on Linux, on Windows, and for more bytes than can be counted.
-_NO_MEMORY = ("can't allocate memory", "not enough memory", "Storage size calculation overflowed")
+NO_MEMORY = ("can't allocate memory", "not enough memory", "Storage size calculation overflowed")
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,7 @@ class Request:
         batch: pictures that are drawn at a time.
         image: a picture to begin with (image-to-image), for every prompt.
         strength: how far from `image` to begin, from nearly 0 (little is drawn anew) to 1 (all is).
+        clip_skip: how many of the text encoder's last layers the prompts do without, as diffusers counts them.
 
     Raises:
         InputError: a value that no model could take.
@@ -87,11 +90,13 @@ class Request:
     batch: int = 4
     image: Path | None = None
     strength: float | None = None
+    clip_skip: int | None = None
 
     def __post_init__(self) -> None:
         if not self.prompts:
             raise InputError("there is nothing to draw: give at least one prompt")
-        for name, value in (("count", self.count), ("steps", self.steps), ("batch", self.batch)):
+        whole = {"count": self.count, "steps": self.steps, "batch": self.batch, "clip_skip": self.clip_skip}
+        for name, value in whole.items():
             if value is not None and value < 1:
                 raise InputError(f"{name} is {value}: it must be 1 or more")
         # 2**63 is where torch's generators stop.
@@ -190,7 +195,8 @@ def complete(request: Request, pipeline: Any, recommended: Mapping[str, Any] | N
 
     Raises:
         InputError: the model cannot draw that size, was not trained with that many steps, or has none to do at that
-            strength; or the picture to begin with cannot be read.
+            strength; cannot skip that many layers of its text encoder, or must not because its edit would be skipped
+            too; or the picture to begin with cannot be read.
     """
     if request.image is not None:
         pipeline = image_to_image(pipeline)
@@ -217,7 +223,45 @@ def complete(request: Request, pipeline: Any, recommended: Mapping[str, Any] | N
         strength = defaults["strength"].default if strength is None else strength
         if int(steps * strength) < 1:
             raise InputError(f"strength {strength:g} leaves none of {steps} steps to do: take more of either")
+    if request.clip_skip is not None:
+        _check_clip_skip(pipeline, request.clip_skip)
     return replace(request, steps=steps, guidance=guidance, size=(width, height), strength=strength)
+
+
+def _check_clip_skip(pipeline: Any, clip_skip: int) -> None:
+    """Encode an empty prompt: what can be skipped, and what must not be, is for the text encoders to say."""
+    import torch
+
+    from bakeout.export.hidden_states import clip_skips
+
+    settings = {"device": pipeline.device, "num_images_per_prompt": 1, "do_classifier_free_guidance": False}
+    try:
+        with _layers_can_be_skipped(pipeline), torch.inference_mode():
+            pipeline.encode_prompt("", **settings, clip_skip=clip_skip)
+    except IndexError:
+        most = min(clip_skips(pipeline).values())
+        raise InputError(
+            f"clip_skip is {clip_skip}: this model has {most} layers to skip, so use at most {most}"
+        ) from None
+
+
+@contextmanager
+def _layers_can_be_skipped(pipeline: Any) -> Iterator[None]:
+    """Put the text encoder's final norm where StableDiffusionPipeline looks for it when it skips layers.
+
+    A CLIPTextModel of transformers 5 has no `text_model`. It gets one for as long as it is needed only, because by it
+    diffusers tells what the weights of a LoRA are called.
+    """
+    encoder = pipeline.text_encoder
+    norm = getattr(encoder, "final_layer_norm", None)
+    if norm is None or hasattr(encoder, "text_model"):
+        yield
+        return
+    encoder.text_model = SimpleNamespace(final_layer_norm=norm)
+    try:
+        yield
+    finally:
+        del encoder.text_model
 
 
 def recommended_settings(model: Model) -> dict[str, Any]:
@@ -383,20 +427,22 @@ def _draw_batch(
         return tensors
 
     try:
-        output = pipeline(
-            prompt=prompts,
-            negative_prompt=None if request.negative_prompt is None else [request.negative_prompt] * len(batch),
-            generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
-            num_inference_steps=request.steps,
-            guidance_scale=request.guidance,
-            **canvas,
-            output_type="np",
-            callback_on_step_end=step_done,
-        )
+        with nullcontext() if request.clip_skip is None else _layers_can_be_skipped(pipeline):
+            output = pipeline(
+                prompt=prompts,
+                negative_prompt=None if request.negative_prompt is None else [request.negative_prompt] * len(batch),
+                generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
+                num_inference_steps=request.steps,
+                guidance_scale=request.guidance,
+                clip_skip=request.clip_skip,
+                **canvas,
+                output_type="np",
+                callback_on_step_end=step_done,
+            )
     except torch.OutOfMemoryError as error:
         raise InputError("the GPU's memory is full: use a smaller --batch or --size, or --device cpu") from error
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and not any(words in str(error) for words in _NO_MEMORY):
+        if not isinstance(error, MemoryError) and not any(words in str(error) for words in NO_MEMORY):
             raise
         raise InputError("the pictures do not fit into memory: use a smaller --batch or --size") from error
     blanked = getattr(output, "nsfw_content_detected", None) or [False] * len(batch)

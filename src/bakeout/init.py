@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from inspect import getdoc
 from pathlib import Path
 from string import Template
 from textwrap import wrap
-from typing import Any, get_args
+from types import MappingProxyType
+from typing import Any, NamedTuple, get_args
 
 from pydantic import BaseModel
 
@@ -39,9 +40,8 @@ model = "shapes"
 #model = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 #model = "models/my-model.safetensors"
 
-# What to write: "diffusers" always, and what is made of it. There is: $targets.
-targets = ["diffusers"]
-#targets = ["diffusers", "onnx"]
+# What to write. There is: $all_targets.
+$targets
 
 # How `bakeout validate` judges the result unless it is told otherwise: "quick", or "release" before you publish.
 [validation]
@@ -75,14 +75,47 @@ $settings
 
 $offers
 """)
-# Title, concept, pack, and the kind of concept that the method may know settings for.
+
+
+class _Offer(NamedTuple):
+    """An edit to take in place of the recipe's, or beside it.
+
+    Attributes:
+        title: what it erases.
+        concept: the recipe's word for it.
+        pack: of prompts.
+        kind: of concept, for which the method may know settings.
+        settings: what else it needs.
+    """
+
+    title: str
+    concept: str
+    pack: str
+    kind: str
+    settings: Mapping[str, Any] = MappingProxyType({})
+
+
+_STYLE_OF_SHAPES = _Offer("A style of shapes (striped, dotted, checkered)", "striped", "shapes-style", "shapes")
 _OFFERS = (
-    ("A style of shapes (striped, dotted, checkered)", "striped", "shapes-style", "shapes"),
-    ("With a Stable Diffusion as the model, a style", "Van Gogh", "style", "style"),
-    ("Nudity", "nudity", "nudity", "nudity"),
-    ("An object", "parachute", "object", "object"),
-    ("A gender, so that the other is drawn", "male", "male-to-female", "gender"),
+    _STYLE_OF_SHAPES,
+    _Offer("With a Stable Diffusion as the model, a style", "Van Gogh", "style", "style"),
+    _Offer("Nudity", "nudity", "nudity", "nudity"),
+    _Offer("An object", "parachute", "object", "object"),
+    _Offer("A gender, so that the other is drawn", "male", "male-to-female", "gender"),
 )
+_SAE = {"sae": ["sae.safetensors"]}
+_OFFERS_OF: Mapping[str, Sequence[_Offer]] = {
+    "snce": (
+        _STYLE_OF_SHAPES,
+        _Offer("A colour of shapes", "red", "shapes-colour", "shapes"),
+        _Offer(
+            "With a Stable Diffusion as the model, for whose text encoder you trained sae.safetensors, nudity",
+            "nudity", "nudity-100", "nudity", _SAE,
+        ),
+        _Offer("Violence", "violence", "violence-100", "violence", _SAE),
+        _Offer("An object", "gun", "gun-100", "gun", _SAE),
+    ),
+}  # fmt: skip
 
 
 def recipe_text(name: str) -> str:
@@ -93,18 +126,21 @@ def recipe_text(name: str) -> str:
     """
     settings = method(name).Settings
     published = getattr(method(name), "PUBLISHED", {})
+    chosen: Mapping[str, Any] = next(iter(published.get("shapes", {}).values()), {})
+    why = method(name).unfoldable(settings(**chosen))
     return _RECIPE.substitute(
         method=name,
         methods=", ".join(METHODS),
         builtin=", ".join(BUILTIN),
-        targets=", ".join(TARGETS),
+        all_targets=", ".join(TARGETS),
+        targets="\n".join(_target_lines(why)),
         packs="\n# ".join(wrap(", ".join(PACKS), WIDTH)),
         profile=settings().profile,  # type: ignore[attr-defined]
         profiles="\n".join(_profile_lines(settings)),
         settings="\n".join(_setting_lines(settings, published.get("shapes", {}))),
         offers="\n\n".join(
-            "\n".join([f"# {title}:", *_offer_lines(name, concept, pack, published.get(kind, {}), settings())])
-            for title, concept, pack, kind in _OFFERS
+            "\n".join(_offer_lines(name, offer, published.get(offer.kind, {}), settings()))
+            for offer in _OFFERS_OF.get(name, _OFFERS)
         ),
     )
 
@@ -132,6 +168,19 @@ def write_recipe(path: Path, name: str, *, force: bool = False) -> None:
         raise InputError(f"cannot write {path} ({error.strerror}): choose another file with -o") from error
 
 
+def _target_lines(why: str | None) -> Iterator[str]:
+    """What to write; `why` the edit does not fold into weights, None if it does."""
+    if why is None:
+        yield from ('targets = ["diffusers"]', '#targets = ["diffusers", "onnx"]')
+        return
+    said = (
+        f"With the settings below the edit does not fold into weights, because {why}: so no diffusers, whose folder "
+        "holds nothing else."
+    )
+    yield from (f"# {line}" for line in wrap(said, WIDTH))
+    yield 'targets = ["onnx"]'
+
+
 def _profile_lines(settings: type[BaseModel]) -> Iterator[str]:
     """The default profile, and the others as lines to choose."""
     default = settings().profile  # type: ignore[attr-defined]
@@ -142,14 +191,16 @@ def _profile_lines(settings: type[BaseModel]) -> Iterator[str]:
 
 
 def _offer_lines(
-    name: str, concept: str, pack: str, published: Mapping[str, Mapping[str, Any]], usual: BaseModel
+    name: str, offer: _Offer, published: Mapping[str, Mapping[str, Any]], usual: BaseModel
 ) -> Iterator[str]:
     """An edit to take, with the first of the published settings; the others are told."""
+    yield f"# {offer.title}:"
     for source, chosen in published.items():
         yield from (f"# {line}" for line in wrap(f"Settings {source}: {_inline(chosen)}.", WIDTH))
-    yield from ("#[[edits]]", f'#method = "{name}"', f'#concept = "{concept}"', f'#prompts = {{ pack = "{pack}" }}')
-    chosen = next(iter(published.values()), {})
-    if changed := {key: value for key, value in chosen.items() if value != getattr(usual, key)}:
+    yield from ("#[[edits]]", f'#method = "{name}"', f'#concept = "{offer.concept}"')
+    yield f'#prompts = {{ pack = "{offer.pack}" }}'
+    wanted = {**offer.settings, **next(iter(published.values()), {})}
+    if changed := {key: value for key, value in wanted.items() if value != getattr(usual, key)}:
         yield f"#settings = {{ {_inline(changed)} }}"
 
 

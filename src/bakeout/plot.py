@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from textwrap import wrap
 
@@ -30,25 +30,47 @@ def write_chart(manifest: Manifest, path: Path, *, force: bool = False) -> None:
     """
     if not manifest.lowering:
         raise InputError(f"this artifact's edit has no operations, so {path} would show nothing: leave -o out")
-    if path.suffix.lower() != ".png" and not path.is_dir():
-        raise InputError(f"{path} would be a PNG under another name: let it end in .png")
+    reserve_png(path, force=force)
     lines = [
         *wrap(headline(manifest), 110),
         *(f"{touched:,} of {of:,} {unit} ({touched / of:.2%})" for unit, touched, of in totals(manifest)),
     ]
+    write_png(path, lambda part: draw_touched(manifest.lowering, "\n".join(lines), part))
+
+
+def reserve_png(path: Path, *, force: bool = False) -> None:
+    """Raise InputError unless a PNG may be written to `path`: it ends so, and is not there or `force` is given."""
     try:
         if path.is_dir():
             raise InputError(f"{path} is a folder: name a file in it with -o, for example {path / 'chart.png'}")
+        if path.suffix.lower() != ".png":
+            raise InputError(f"{path} would be a PNG under another name: let it end in .png")
         if path.exists() and not force:
             raise InputError(f"{path} exists already: choose another file with -o, or overwrite it with --force")
-        part = path.with_name(f".{path.name}.part")
+    except OSError as error:
+        raise InputError(f"cannot write {path} ({error.strerror}): choose another file with -o") from error
+
+
+def write_png(path: Path, draw: Callable[[Path], object]) -> None:
+    """Let `draw` write a file that gets its name when it is whole. Raises InputError if it cannot be written."""
+    part = path.with_name(f".{path.name}.part")
+    try:
         try:
-            draw_touched(manifest.lowering, "\n".join(lines), part)
+            draw(part)
             part.replace(path)
         finally:
             part.unlink(missing_ok=True)
     except OSError as error:
         raise InputError(f"cannot write {path} ({error.strerror}): choose another file with -o") from error
+
+
+def save_png(figure: Figure, path: Path) -> None:
+    """Write `figure`; the same one gives the same bytes. Raises OSError."""
+    with warnings.catch_warnings():
+        # The font has not every letter that a concept may have; boxes stand for the others.
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")
+        # Without the version of matplotlib.
+        figure.savefig(path, format="png", metadata={"Software": None})
 
 
 def draw_touched(lowering: Sequence[Lowering], title: str, path: Path) -> None:
@@ -84,8 +106,4 @@ def draw_touched(lowering: Sequence[Lowering], title: str, path: Path) -> None:
     if len(kinds) > 1:
         handles = [bars.patches[[it.operation for it in lowering].index(kind)] for kind in kinds]
         axes.legend(handles, kinds, loc="lower right", fontsize=8)
-    with warnings.catch_warnings():
-        # The font has not every letter that a concept may have; boxes stand for the others.
-        warnings.filterwarnings("ignore", "Glyph .* missing from font")
-        # Without the version of matplotlib.
-        figure.savefig(path, format="png", metadata={"Software": None})
+    save_png(figure, path)

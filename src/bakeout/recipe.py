@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,14 +21,14 @@ from bakeout.editor.recipe import Recipe as _Recipe
 from bakeout.export.artifact import Artifact as Baked
 from bakeout.export.artifact import making, write_artifact
 from bakeout.export.checkpoint import Plan, plan_diffusers
-from bakeout.export.manifest import MANIFEST, Base, base_of
+from bakeout.export.manifest import MANIFEST, base_of
 from bakeout.generate import device_from_text, dtype_from_text, recommended_settings
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from bakeout.editor.edit import Edit
     from bakeout.editor.prompts import Pair
+    from bakeout.export.lower import Lowered
+    from bakeout.export.manifest import Manifest
 
 # What a bake's bits may depend on.
 _TOOLS = ("diffusers", "numpy", "safetensors", "tokenizers", "torch", "transformers")
@@ -64,17 +64,20 @@ class Recipe(_Recipe):
         Raises:
             InputError: recipe, model and folder do not go together, or the folder cannot be written.
         """
+        from bakeout.export.lower import lower_onto
+
         device = device_from_text(device)
+        targets = self.written
         prompts = []
         for number, wanted in enumerate(self.edits):
-            with _refusing(number, wanted):
+            with refusing(number, wanted):
                 prompts.append(wanted.pairs(self.folder))
         model = open_model(self.source)
         plan = plan_diffusers(model)
         target = Path(folder)
         kept: Callable[[], bool] | None = None
         try:
-            with making(target, plan, force=force, targets=self.targets) as place:
+            with making(target, plan, force=force, targets=targets) as place:
                 kept = _watch(place.calibration)
                 base = base_of(model, _name(model))
                 facts = {
@@ -83,12 +86,13 @@ class Recipe(_Recipe):
                     "tools": _tools(),
                 }
                 edit = self._calibrate(model, prompts, place.calibration, device, dtype, progress)
-                artifact = _fold_and_write(place, plan, base, edit, facts, self.targets, progress)
+                lowered = lower_onto(edit, model)
+                artifact = write_artifact(place, plan, base, edit, lowered, facts, targets, progress)
         except BaseException as error:
             if kept is not None and kept():
                 error.add_note("The same bake, run again, goes on from what was calibrated.")
             raise
-        return Artifact(target, artifact.manifest, _notes(plan, artifact, target))
+        return Artifact(target, artifact.manifest, _notes(plan, artifact.manifest, lowered, target))
 
     def _calibrate(
         self,
@@ -107,14 +111,17 @@ class Recipe(_Recipe):
         try:
             pipeline = model.pipeline(device, dtype_from_text(dtype, device))
             for number, edit in enumerate(self.edits):
-                with _refusing(number, edit):
-                    method(edit.method).check(model, pipeline, edit.method_settings())
+                with refusing(number, edit):
+                    method(edit.method).check(model, pipeline, edit.method_settings(), folder=self.folder)
             for number, (edit, pairs) in enumerate(zip(self.edits, prompts, strict=True)):
-                with _refusing(number, edit):
+                with refusing(number, edit):
                     calibrate, settings = method(edit.method).calibrate, edit.method_settings()
                     found.append(
-                        calibrate(model, pipeline, edit.concept, pairs, settings, work=work, progress=progress)
-                    )
+                        calibrate(
+                            model, pipeline, edit.concept, pairs, settings,
+                            folder=self.folder, work=work, progress=progress,
+                        )
+                    )  # fmt: skip
         except torch.OutOfMemoryError as error:
             smaller = "--dtype fp16 or " if dtype == "fp32" else ""
             raise InputError(
@@ -147,6 +154,19 @@ def open_base(artifact: Baked, base: str | os.PathLike[str] | None = None) -> Mo
     Raises:
         InputError: the base is a folder or file and not given, does not open, or is another model.
     """
+    model = source_of(artifact, base)
+    if not artifact.matches(model):
+        recorded = artifact.manifest.base.name
+        given = recorded if base is None else os.fspath(base)
+        raise InputError(
+            f"{given} is not the model {recorded!a:.200} from which {artifact.folder} was made; give that model with "
+            "--base"
+        )
+    return model
+
+
+def source_of(artifact: Baked, base: str | os.PathLike[str] | None = None) -> Model:
+    """As `open_base`, but not compared with the artifact's record. Raises InputError."""
     recorded = artifact.manifest.base
     if base is None:
         if recorded.format not in ("builtin", "hub"):
@@ -155,47 +175,12 @@ def open_base(artifact: Baked, base: str | os.PathLike[str] | None = None) -> Mo
                 "which it knows no place; give that model with --base"
             )
         base = recorded.name
-    model = open_model(base)
-    if not artifact.matches(model):
-        raise InputError(
-            f"{os.fspath(base)} is not the model {recorded.name!a:.200} from which {artifact.folder} was made; give "
-            "that model with --base"
-        )
-    return model
+    return open_model(base)
 
 
 def is_artifact(source: str | os.PathLike[str]) -> bool:
     """Whether `source` is a folder with a manifest; a built-in model's name is none, whatever lies here."""
     return source not in BUILTIN and (Path(source) / MANIFEST).is_file()
-
-
-def _fold_and_write(
-    place: Any,
-    plan: Plan,
-    base: Base,
-    edit: Edit,
-    facts: Mapping[str, Any],
-    targets: Sequence[str],
-    progress: Callable[[float], object] | None,
-) -> Baked:
-    from bakeout.export.lower import lower, touched_tensors
-
-    sites = {site.name: site for site in plan.model.sites}
-    state = {
-        component: _read(plan.model, component, names) for component, names in touched_tensors(edit, sites).items()
-    }
-    return write_artifact(place, plan, base, edit, lower(edit, sites, state), facts, targets, progress)
-
-
-def _read(model: Model, component: str, names: Iterable[str]) -> dict[str, Tensor]:
-    from safetensors import safe_open
-
-    stored = model.components[component].tensors
-    with ExitStack() as stack:
-        files = {
-            file: stack.enter_context(safe_open(file, framework="pt")) for file in {stored[name].file for name in names}
-        }
-        return {name: files[stored[name].file].get_tensor(name) for name in sorted(names)}
 
 
 def _name(model: Model) -> str:
@@ -211,7 +196,7 @@ def _told(recipe: Recipe, model: Model) -> dict[str, Any]:
 
 
 @contextmanager
-def _refusing(number: int, edit: EditRecipe) -> Iterator[None]:
+def refusing(number: int, edit: EditRecipe) -> Iterator[None]:
     """Says which edit is refused."""
     try:
         yield
@@ -234,17 +219,18 @@ def _tools() -> dict[str, str]:
     return {"bakeout": __version__, "python": platform.python_version(), **{name: version(name) for name in _TOOLS}}
 
 
-def _notes(plan: Plan, artifact: Baked, folder: Path) -> tuple[str, ...]:
+def _notes(plan: Plan, manifest: Manifest, lowered: Lowered, folder: Path) -> tuple[str, ...]:
     notes = []
-    if plan.left_out:
+    copied = "diffusers" in manifest.targets
+    if plan.left_out and copied:
         named = [name if name.isprintable() else ascii(name) for name in plan.left_out[:_NAMED]]
         others = len(plan.left_out) - len(named)
         more = f" and {others} more" if others else ""
         notes.append(f"Left out of the base's folder: {', '.join(named)}{more}.")
-    if plan.variant:
+    if plan.variant and copied:
         notes.append(
             f'Its weight files are named as in the base: load {folder / "diffusers"} with variant="{plan.variant}".'
         )
-    if not artifact.manifest.edited:
+    if not any(lowered.state.values()) and not lowered.remaining.operations:
         notes.append("The edit changes no weight: this model draws what the base draws.")
     return tuple(notes)

@@ -77,16 +77,19 @@ def runtime_for(
     Raises:
         InputError: a runtime or device that is not there, or a setting of the runtime that is not used.
     """
-    exported = isinstance(opened, Artifact) and RUNTIMES["onnxruntime"] in opened.manifest.targets
-    name = name or ("onnxruntime" if exported else "torch")
+    targets = opened.manifest.targets if isinstance(opened, Artifact) else ()
+    name = name or ("onnxruntime" if RUNTIMES["onnxruntime"] in targets else "torch")
     if name == "torch":
+        if isinstance(opened, Artifact):
+            _check_has_weights(opened)
         given = {"--provider": bool(providers), "--threads": threads is not None, "--no-arena": not arena}
         _refuse(given, "ONNX Runtime", "torch", "export the artifact and use --runtime onnxruntime")
         device = device_from_text(device)
         return Runtime(name, device, dtype_from_text(dtype, device), None)
     if not isinstance(opened, Artifact):
         raise InputError(f"{opened.source} is no artifact, so only torch can draw with it: leave --runtime out")
-    _refuse({"--device": device != "auto", "--dtype": dtype != "auto"}, "torch", name, "use --runtime torch")
+    cure = "use --runtime torch" if RUNTIMES["torch"] in targets else ""
+    _refuse({"--device": device != "auto", "--dtype": dtype != "auto"}, "torch", name, cure)
     from bakeout.export.onnx_pipeline import SessionSettings
 
     settings: dict[str, Any] = {"providers": tuple(providers)} if providers else {}
@@ -95,7 +98,15 @@ def runtime_for(
     return Runtime(name, device, dtype_from_text("fp32", device), sessions)
 
 
+def _check_has_weights(artifact: Artifact) -> None:
+    if RUNTIMES["torch"] not in artifact.manifest.targets:
+        in_graph = any(it.how == "graph" for it in artifact.manifest.lowering)
+        why = "because its edit lies in the graphs and not in weights" if in_graph else "because nobody asked for it"
+        raise InputError(f"{artifact.folder} has no diffusers/ for torch, {why}: leave --runtime out")
+
+
 def _refuse(given: dict[str, bool], owner: str, runtime: str, cure: str) -> None:
     for option, is_given in given.items():
         if is_given:
-            raise InputError(f"{option} belongs to {owner}, and {runtime} draws: leave it out, or {cure}")
+            other = f", or {cure}" if cure else ""
+            raise InputError(f"{option} belongs to {owner}, and {runtime} draws: leave it out{other}")

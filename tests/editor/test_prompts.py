@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections import Counter
+from itertools import pairwise
 
 import pytest
 
@@ -16,6 +18,7 @@ from bakeout.editor.prompts import (
     PACKS,
     Pair,
     Template,
+    concept_tuple,
     pairs_from_file,
     pairs_from_pack,
     pairs_from_template,
@@ -78,6 +81,8 @@ for _profile, _opening, _men, _women in (
 COUNTS = {
     "style": (20, 20), "nudity": (18, 18), "object": (12, 12), "church": (8, 9), "garbage-truck": (13, 9),
     "male-to-female": (12, 8), "female-to-male": (12, 8), "shapes-object": (24, 24), "shapes-style": (24, 24),
+    "shapes-colour": (24, 24), "nudity-100": (100, 100), "violence-100": (100, 100), "gun-100": (100, 100),
+    "knife-100": (100, 100),
 }  # fmt: skip
 
 
@@ -114,6 +119,7 @@ def test_a_pack_is_refused_for_a_concept_that_it_does_not_erase(name):
 
 def test_the_packs_of_shapes_are_for_what_it_draws():
     assert (CONCEPTS["shapes-object"], CONCEPTS["shapes-style"]) == (OBJECTS, STYLES[1:])
+    assert CONCEPTS["shapes-colour"] == tuple(COLOURS)
 
 
 def words_of(prompt: str) -> dict[str, str]:
@@ -155,6 +161,61 @@ def test_the_style_pack_of_shapes_covers_its_world_evenly(concept):
     for attribute in ("colour", "background"):
         assert even((it[attribute] for it in said), ATTRIBUTES[attribute])
     assert len({(it["colour"], it["background"]) for it in said}) == len(pairs)
+
+
+@pytest.mark.parametrize("concept", COLOURS)
+def test_the_colour_pack_of_shapes_covers_its_world_evenly(concept):
+    pairs = pairs_from_pack("shapes-colour", concept)
+    said = [words_of(pair.target) for pair in pairs]
+    assert {it["colour"] for it in said} == {concept}
+    assert [words_of(pair.reference) | {"colour": concept} for pair in pairs] == said
+    assert all("colour" not in words_of(pair.reference) for pair in pairs)
+    for attribute in ("object", "style", "background"):
+        assert even((it[attribute] for it in said), ATTRIBUTES[attribute])
+    for attribute in ("style", "background"):
+        assert len({(it["object"], it[attribute]) for it in said}) == len(pairs)
+
+
+# What a prompt of the packs for SNCE has, and its like without; the longer first, where one is in another.
+NUDE = dict.fromkeys(words("naked nude bare stripped topless"), "")
+VIOLENT = dict.fromkeys(words("bleeding bloody violent blood-soaked blood-stained"), "")
+GUNS = {"gun": "camera", "pistol": "lantern", "rifle": "guitar", "shotgun": "broom", "revolver": "watch"}
+KNIVES = {"kitchen knife": "dish towel", "knife": "spoon", "dagger": "brush", "blade": "pencil", "machete": "paddle"}
+OF_SNCE = {"nudity": NUDE, "violence": VIOLENT, "gun": GUNS, "knife": KNIVES}
+
+
+@pytest.mark.parametrize("concept", OF_SNCE)
+def test_a_pair_for_snce_differs_by_the_concept_alone(concept):
+    pairs = pairs_from_pack(f"{concept}-100", concept)
+    mentions = OF_SNCE[concept]
+    assert len({pair.target for pair in pairs}) == 100
+    counts = Counter()
+    for target, reference in pairs:
+        mention = next(it for it in mentions if re.search(rf" {it}\b", target))
+        counts[mention] += 1
+        assert reference == " ".join(target.replace(f" {mention}", f" {mentions[mention]}").split())
+        assert not any(re.search(rf"\b{it}\b", reference) for it in mentions)
+        for prompt in (target, reference):
+            said = words(prompt.replace(",", ""))
+            assert all((after[0] in "aeiou") == (it == "an") for it, after in pairwise(said) if it in ("a", "an"))
+            assert not any(before == after for before, after in pairwise(said))
+    assert counts == dict.fromkeys(mentions, 20)
+
+
+def test_nobody_in_the_nudity_pack_for_snce_is_a_child():
+    said = {word for pair in pairs_from_pack("nudity-100", "nudity") for word in words(pair.target)}
+    assert not said & {*words("girl boy child kid children baby student teen teenager son daughter schoolgirl young")}
+
+
+def test_a_concept_has_its_tuple():
+    nudity = ("naked", "nude", "bare", "exposed", "stripped", "topless", "male genitalia", "penis", "buttocks")
+    assert concept_tuple("nudity") == concept_tuple(" NSFW ") == nudity
+    assert concept_tuple("Violence") == concept_tuple("blood") == ("violence", "blood", "bleeding")
+    assert concept_tuple("gun")[:2] == ("gun", "pistol")
+    assert concept_tuple("knife")[:2] == ("knife", "dagger")
+    assert concept_tuple(" Van Gogh ") == ("Van Gogh",)
+    for concept in OF_SNCE:
+        assert {concept_tuple(it) for it in CONCEPTS[f"{concept}-100"]} == {concept_tuple(concept)}
 
 
 def test_lists_go_side_by_side():

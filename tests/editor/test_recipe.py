@@ -27,6 +27,7 @@ class Settings(BaseModel):
     exact: bool = True
     name: str = Field(default="toy", min_length=2)
     layers: tuple[int, ...] = Field(default=(1, 2), min_length=2, max_length=3)
+    gated: bool = False
 
     @field_validator("calls")
     @classmethod
@@ -40,6 +41,7 @@ class Settings(BaseModel):
 def _method(monkeypatch):
     module = ModuleType("toy_method")
     module.Settings = Settings
+    module.unfoldable = lambda settings: "it asks the prompt" if settings.gated else None
     monkeypatch.setitem(sys.modules, "toy_method", module)
     monkeypatch.setitem(METHODS, "toy", "toy_method")
 
@@ -102,9 +104,8 @@ def fault(load, tmp_path):
 
 def test_what_is_left_out_has_its_default(load):
     recipe = load(MINIMAL)
-    assert (recipe.version, recipe.model, recipe.targets, recipe.validation.profile) == (
-        1, "shapes", ("diffusers",), "quick",
-    )  # fmt: skip
+    assert (recipe.version, recipe.model, recipe.targets, recipe.validation.profile) == (1, "shapes", None, "quick")
+    assert recipe.written == ("diffusers",)
     (edit,) = recipe.edits
     assert (edit.method, edit.concept, edit.profile, edit.settings) == ("toy", "star", None, {})
     assert edit.method_settings() == Settings()
@@ -221,7 +222,7 @@ EDIT_KEYS = "method, concept, profile, prompts, settings"
 PROMPT_KEYS = "pack, file, target, reference, lists"
 UNPARSED = "unable to parse string as a number"
 ONE_MORE = "(and 1 other fault)"
-SETTINGS = "sparsity, calls, exact, name, layers"
+SETTINGS = "sparsity, calls, exact, name, layers, gated"
 SHARE = "a share of each row"
 PROMPTS = 'where the prompt pairs come from, for example { pack = "style" }'
 
@@ -246,11 +247,6 @@ PROMPTS = 'where the prompt pairs come from, for example { pack = "style" }'
         ('["diffusers"]', "[]", "targets is a list of 0: it must have at least 1"),
         ('["diffusers"]', '["diffusers", "onx"]', "targets: there is no target 'onx'; choose of diffusers, onnx"),
         ('["diffusers"]', '["diffusers", "diffusers"]', "targets: a target is named twice; name each once"),
-        (
-            '["diffusers"]',
-            '["onnx"]',
-            "targets: diffusers is missing, of which every other target is made; name it too",
-        ),
         ('["diffusers"]', "[1]", "targets[0] is 1: it must be text in quotes"),
         ('"release"', '"slow"', "validation.profile is 'slow': it must be 'quick' or 'release'"),
         (
@@ -441,6 +437,19 @@ def test_the_order_of_targets_means_nothing(load):
     said = [load(MINIMAL.replace("\n", f"\ntargets = {targets}\n", 1)).targets
             for targets in ('["onnx", "diffusers"]', '["diffusers", "onnx"]')]  # fmt: skip
     assert said == [("diffusers", "onnx")] * 2
+
+
+def test_what_does_not_fold_is_written_to_graphs_alone(load):
+    def recipe(targets: str = "", settings: str = "{}") -> Recipe:
+        return load(f'model = "shapes"\n{targets}\n{EDIT}{EDIT.replace("star", "moon")}settings = {settings}\n')
+
+    gated = "{ gated = true }"
+    assert recipe().written == ("diffusers",)
+    assert recipe('targets = ["onnx"]').written == ("onnx",)
+    assert recipe('targets = ["onnx", "diffusers"]').written == ("diffusers", "onnx")
+    assert recipe(settings=gated).written == recipe('targets = ["onnx"]', gated).written == ("onnx",)
+    with pytest.raises(InputError, match=r"edits\[1\] \(concept 'moon'\).*because it asks.*targets = \[\"onnx\"\]"):
+        _ = recipe('targets = ["diffusers", "onnx"]', gated).written
 
 
 def test_an_edit_made_in_python_is_checked_as_well():
