@@ -36,7 +36,7 @@ FORMAT_VERSION = 1
 _METADATA_KEY = "bakeout.edit"
 _VALUE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Ours, and nothing that could forge a line of a report.
-_SITE_NAME = re.compile(r"\w+(\.\w+)*", re.ASCII)
+SITE_NAME = re.compile(r"\w+(\.\w+)*", re.ASCII)
 # Which rows of a batch an operation on a text encoder acts on: all, all but those of an empty prompt, or all but those
 # of a negative prompt, which only the eager reference can tell.
 Rows = Literal["all", "prompted", "conditional"]
@@ -388,8 +388,9 @@ def merge(edits: Iterable[Edit]) -> Edit:
 
     At a site: prunings are the OR of their masks. Patches are the OR of their masks, and where several patch the same
     feature the mean of their values (ActErase, Eq. 7-8). Shifts and latents all read what no other of them changed, and
-    add up; a neuron that is chosen twice takes the larger λ, and the very same shift given twice counts once. The order
-    of `edits` changes nothing. A mean of means is another mean: merge all at once.
+    add up; of two of one kind that choose the same neuron the one with the larger λ counts, whatever its rows, and the
+    very same shift given twice counts once. The order of `edits` changes nothing. A mean of means is another mean:
+    merge all at once.
 
     Raises:
         InputError: two edits that do not fit one model, or patches for different numbers of tokens.
@@ -399,7 +400,7 @@ def merge(edits: Iterable[Edit]) -> Edit:
     # Sorted, so that sums over a group come out the same to the last bit.
     for operation in sorted((it for edit in edits for it in edit.operations), key=lambda it: it.digest):
         groups[(type(operation), operation.site, *_sort_of(operation))].append(operation)
-    merged = [group[0] if len(group) == 1 else _MERGES[type(group[0])](group) for group in groups.values()]
+    merged = [it for group in groups.values() for it in (group if len(group) == 1 else _MERGES[type(group[0])](group))]
     origins = {_canonical(vars(it)): it for edit in edits for it in edit.origins}
     return Edit(tuple(merged), tuple(origins.values()))
 
@@ -411,45 +412,55 @@ def _sort_of(operation: Operation) -> tuple[object, ...]:
     if isinstance(operation, PatchActivation):
         return (operation.at,)
     if isinstance(operation, ShiftActivation):
-        return operation.rows, operation.neuron or operation.digest
+        return (operation.neuron or operation.digest,)
     autoencoder = (operation.encoder, operation.encoder_bias, operation.center)
-    return operation.rows, operation.k, operation.input_norm, *(_tensor_digest(part) for part in autoencoder)
+    return operation.k, operation.input_norm, *(_tensor_digest(part) for part in autoencoder)
 
 
-def _merge_weight_inputs(group: Sequence[Any]) -> PatchWeightInput:
+def _merge_weight_inputs(group: Sequence[Any]) -> list[Operation]:
     mask = _either(group)
     if group[0].value is None:
-        return PatchWeightInput(group[0].site, mask)
+        return [PatchWeightInput(group[0].site, mask)]
     # One value a column, so a column's mean is over the edits that mask any weight of it.
-    return PatchWeightInput(group[0].site, mask, _masked_mean([it.mask.any(0) for it in group], group))
+    return [PatchWeightInput(group[0].site, mask, _masked_mean([it.mask.any(0) for it in group], group))]
 
 
-def _merge_patches(group: Sequence[Any]) -> PatchActivation:
+def _merge_patches(group: Sequence[Any]) -> list[Operation]:
     first = group[0]
-    return PatchActivation(first.site, first.at, _either(group), _masked_mean([it.mask for it in group], group))
+    return [PatchActivation(first.site, first.at, _either(group), _masked_mean([it.mask for it in group], group))]
 
 
-def _merge_shifts(group: Sequence[Any]) -> ShiftActivation:
-    return cast(ShiftActivation, max(group, key=lambda it: (it.strength, it.digest)))
+def _merge_shifts(group: Sequence[Any]) -> list[Operation]:
+    # Of equal λ the one for more rows, then the longer one.
+    return [max(group, key=lambda it: (it.strength, _reach(it), float(it.value.double().norm()), it.digest))]
 
 
-def _merge_latents(group: Sequence[Any]) -> SteerLatents:
+def _merge_latents(group: Sequence[Any]) -> list[Operation]:
     first = group[0]
-    chosen: dict[int, tuple[float, Tensor]] = {}
+    chosen: dict[int, tuple[float, int, Rows, Tensor]] = {}
     for it in group:
         for column, (neuron, strength) in enumerate(zip(it.neurons.tolist(), it.strengths.tolist(), strict=True)):
-            if neuron not in chosen or strength > chosen[neuron][0]:
-                chosen[neuron] = strength, it.directions[:, column]
-    neurons = sorted(chosen)
-    return SteerLatents(
-        first.site, first.encoder, first.encoder_bias, first.center, first.k,
-        torch.tensor(neurons), torch.stack([chosen[neuron][1] for neuron in neurons], dim=1),
-        torch.tensor([chosen[neuron][0] for neuron in neurons], dtype=_common_dtype([it.strengths for it in group])),
-        first.rows, first.input_norm,
-    )  # fmt: skip
+            if neuron not in chosen or (strength, _reach(it)) > chosen[neuron][:2]:
+                chosen[neuron] = strength, _reach(it), it.rows, it.directions[:, column]
+    dtype = _common_dtype([it.strengths for it in group])
+    merged: list[Operation] = []
+    for rows in get_args(Rows):
+        own = sorted(neuron for neuron, (_, _, its_rows, _) in chosen.items() if its_rows == rows)
+        if own:
+            merged.append(SteerLatents(
+                first.site, first.encoder, first.encoder_bias, first.center, first.k, torch.tensor(own),
+                torch.stack([chosen[neuron][3] for neuron in own], dim=1),
+                torch.tensor([chosen[neuron][0] for neuron in own], dtype=dtype), rows, first.input_norm,
+            ))  # fmt: skip
+    return merged
 
 
-_MERGES: Mapping[type[Operation], Callable[[Sequence[Any]], Operation]] = {
+def _reach(operation: Any) -> int:
+    """Larger for rows that are more."""
+    return -get_args(Rows).index(operation.rows)
+
+
+_MERGES: Mapping[type[Operation], Callable[[Sequence[Any]], list[Operation]]] = {
     PatchWeightInput: _merge_weight_inputs,
     PatchActivation: _merge_patches,
     ShiftActivation: _merge_shifts,
@@ -549,7 +560,7 @@ def _check(site: str, holds: bool, fault: str) -> None:
 
 
 def _check_site(site: str) -> None:
-    _check(site, isinstance(site, str) and _SITE_NAME.fullmatch(site) is not None, "this is not the name of a site")
+    _check(site, isinstance(site, str) and SITE_NAME.fullmatch(site) is not None, "this is not the name of a site")
 
 
 def _check_mask(site: str, mask: Tensor, dimensions: tuple[int, ...]) -> None:

@@ -16,7 +16,7 @@ from bakeout.validate.report import read_report
 def test_the_recipe_of_the_demo_is_one(tmp_path):
     (tmp_path / "recipe.toml").write_text(demo.RECIPE, encoding="utf-8")
     recipe = Recipe.load(tmp_path / "recipe.toml")
-    assert [edit.concept for edit in recipe.edits] == ["star", "striped", "red"]
+    assert [edit.concept for edit in recipe.edits] == ["star", "striped", "yellow"]
     assert recipe.written == ("onnx",)
     assert len(recipe.edits) + len(recipe.written) == demo.BAKES
 
@@ -40,7 +40,7 @@ def test_the_demo_erases_three_concepts_and_proves_it(tmp_path):
     report = read_report(tmp_path / "report" / "report.json")
     assert len(report.scenes) == demo.COUNT
     found = {(it.model, it.concept, it.kind): it for it in report.detections}
-    for concept in ("star", "striped", "red"):
+    for concept in ("star", "striped", "yellow"):
         base, artifact = (found[model, concept, "erased"] for model in ("base", "onnx"))
         assert base.detected == base.pictures == 4
         assert artifact.detected <= 2

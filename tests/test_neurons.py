@@ -308,6 +308,8 @@ def test_of_the_built_in_model_s_own_a_name_is_enough(files, monkeypatch):
     done = run("shapes", "--count", 3)
     assert done.exit_code == 0, done.output
     assert "On 3 prompts (231 tokens)" in done.output
+    none = run("shapes", "--count", 0)
+    assert (none.exit_code, none.output) == (2, "Error: --count is 0: it must be 1 or more\n")
     (files / "sae.safetensors").unlink()
     missing = run("shapes")
     assert (missing.exit_code, missing.output.count("\n")) == (2, 1)

@@ -26,6 +26,7 @@ from bakeout.editor.sae import activations
 from bakeout.editor.sae.activations import TextActivations, default_layer, text_site
 from bakeout.editor.sae.model import SparseAutoencoder
 from bakeout.sae import prompts_from, tokens_from_text, train
+from bakeout.training_chart import draw_training
 
 WORDS = ("red", "green", "blue", "star", "ring", "moon", "on", "grass", "sand", "night")
 
@@ -198,6 +199,25 @@ def test_a_killed_training_goes_on_to_the_same_bytes(tiny_model, prompts, tmp_pa
             assert done.exit_code == 0, done.output
     assert killed.read_bytes() == whole.read_bytes()
     assert not partial.exists()
+
+
+def test_a_disk_that_is_full_is_one_sentence(tiny_model, prompts, tmp_path):
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000, before[1]))
+    try:
+        with pytest.raises(InputError, match=r"cannot write .*\.partial \(File too large\)"):
+            train(tiny_model, prompts_from([prompts]), tmp_path / "a.safetensors", **OPTIONS)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_title_may_have_any_letters(tmp_path):
+    curve = {name: [1.0, 0.5] for name in ("tokens", "loss", "variance_explained", "dead_share")}
+    draw_training(curve, {"variance_explained": 0.9, "dead_share": 0.1}, "模型_$5", tmp_path / "a.png")
+    with Image.open(tmp_path / "a.png") as picture:
+        assert picture.format == "PNG"
 
 
 def test_what_another_training_left_is_not_gone_on_with(trained, tiny_model, prompts, tmp_path):
@@ -412,6 +432,9 @@ def test_other_texts_are_no_tokens(text):
         (["--device", "gpu"], "is no device"),
         (["-o", "sae.pt"], "let it end in .safetensors"),
         (["-o", "."], ". is a folder"),
+        (["-o", f"{'s' * 300}.safetensors"], "File name too long"),
+        # Longer by what the files beside it are called.
+        (["-o", f"{'s' * 240}.safetensors"], "File name too long"),
     ],
 )
 def test_a_mistake_is_one_sentence_and_leaves_nothing(tiny_model, prompts, tmp_path, monkeypatch, more, words):

@@ -90,6 +90,7 @@ def test_an_error_that_is_everywhere_the_same_is_a_warning(foreign, tmp_path):
         ({"d_in": 97}, [], "has 96 features and its configuration says 97"),
         ({}, ["-o", "sae.pt"], "let it end in .safetensors"),
         ({}, ["-o", "."], "is a folder"),
+        ({}, ["-o", f"{'s' * 300}.safetensors"], "File name too long"),
         ({}, ["-o", "nowhere/sae.safetensors"], "cannot write"),
     ],
 )

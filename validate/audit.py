@@ -240,6 +240,20 @@ def kept_in_graphs(edit: Edit) -> list[ShiftActivation | SteerLatents]:
     return [it for it in operations if not _is_static(it) or any(f"{site}.".startswith(f"{it.site}.") for site in read)]
 
 
+def rounding_of(edit: Edit, base: Model) -> Edit:
+    """What is added to the outputs of edited layers by rounding their biases, once, to the dtypes of the base."""
+    sites = {(site.component, site.module): site.name for site in base.sites if site.weight is not None}
+    names, shifts = names_of(base), []
+    with parameters(base) as read:
+        for (component, module), operations in _linears(edit, base, kept_in_graphs(edit)).items():
+            if (component, f"{module}.bias") in names and all(map(_is_static, operations)):
+                exact = _edited(read, names, component, module, operations)[1]
+                error = exact.to(read((component, f"{module}.bias")).dtype).double() - exact
+                if error.any():
+                    shifts.append(ShiftActivation(sites[component, module], error))
+    return Edit(tuple(shifts))
+
+
 def _linears(edit: Edit, model: Model, elsewhere: Sequence[Operation]) -> dict[Parameter, tuple[Operation, ...]]:
     """The operations by the Linear that they act on, its component and its name in memory, but for those elsewhere."""
     grouped: dict[Parameter, list[Operation]] = {}

@@ -45,8 +45,13 @@ _SIZES, _RANDOM, _BETWEEN = (0.1, 1.0, 10.0), 256, 64
 _NEAR = 1e-4
 # Rows that are run at a time.
 _BATCH = 8
-# Sorts of rows of tokens that have no text, or only where it is easily missed.
-_SORTS = 6
+# What an edit's nodes may do: the same every time, and nothing that asks how large a batch is.
+_OF_EDITS = frozenset(
+    ("Add", "And", "Cast", "Div", "Equal", "Gather", "Greater", "Less", "MatMul", "Mul", "Not", "Or", "ReduceMean",
+     "ReduceSum", "Relu", "Slice", "Sqrt", "Sub", "TopK", "Transpose", "Unsqueeze", "Where")
+)  # fmt: skip
+# What compares whole numbers or finds them, and gives such or truth values.
+_FINDING = frozenset(("ArgMax", "Cast", "Concat", "Equal", "Not", "ReduceSum", "Slice", "Unsqueeze"))
 
 Kept: TypeAlias = ShiftActivation | SteerLatents
 # What of a prompt a value carries; see `_Graph.carried`.
@@ -155,24 +160,41 @@ class _Graph:
         """
         found: dict[str, _Carried] = {_IDS: "ids", edited: "edited"}
         for node in self.nodes:
-            given = {found[value] for value in node.input if value in found}
+            given = [found.get(value) for value in node.input]
             # The number of tokens says nothing of what they are.
-            if not given or node.op_type in ("Shape", "Size"):
+            if not any(given) or (node.op_type == "Shape" and given == ["ids"] and _IDS in node.input):
                 continue
-            says: _Carried = "text" if "text" in given else "edited" if "edited" in given else "ids"
-            if says == "ids" and self._makes_numbers(node):
-                says = "text"
+            says = _carried_by(node, given)
             found |= {value: says for value in node.output if value not in ("", edited)}
         return found
 
-    def _makes_numbers(self, node: Any) -> bool:
-        """Whether a node that reads whole numbers may give others, as one that reads them from a table does."""
-        from onnx import TensorProto
+    def unreadable(self) -> str | None:
+        """In words, why the list of nodes does not tell what is computed of what, if so."""
+        known = {"", *self.initializers, *(it.name for it in self.model.graph.input)}
+        for node in self.nodes:
+            inner = any(attribute.HasField("g") or attribute.graphs for attribute in node.attribute)
+            if inner or node.domain not in ("", "ai.onnx"):
+                return f"{self.name} has a node with graphs of its own, or of another domain, which may do anything"
+            if not known.issuperset(node.input):
+                return f"{self.name} has the node {node.name!a:.100}, which reads what no node before it gives"
+            known |= set(node.output)
+        return f"{self.name} has functions of its own, which may do anything" if self.model.functions else None
 
-        numbers = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE)
-        read = {self.initializers[value].data_type for value in node.input if value in self.initializers}
-        made = {attribute.i for attribute in node.attribute if attribute.name in ("to", "dtype")}
-        return bool((read | made) & set(numbers)) or any(attribute.name == "value" for attribute in node.attribute)
+
+def _carried_by(node: Any, given: Sequence[_Carried | None]) -> _Carried:
+    """What a node gives that reads such values; None carries nothing of the prompt."""
+    from onnx import TensorProto
+
+    says = set(given) - {None}
+    if says == {"edited"}:
+        return "edited"
+    if says == {"ids"}:
+        made = {attribute.i for attribute in node.attribute if attribute.name == "to"}
+        numbers = {TensorProto.BOOL, TensorProto.INT32, TensorProto.INT64}
+        return "ids" if node.op_type in _FINDING and made <= numbers else "text"
+    # Rows of what is edited are chosen.
+    chosen = {"GatherND": ["edited", "ids"], "Where": ["ids", "edited", "edited"]}.get(node.op_type)
+    return "edited" if given == chosen else "text"
 
 
 @dataclass(frozen=True)
@@ -190,7 +212,8 @@ def _site_faults(graph: _Graph, site: str, operations: Sequence[Kept], blank: Te
         for name, expected in _constants(site, operations, blank).items()
         for fault in _constant_faults(graph, name, expected, f"bakeout/{site}/")
     ]
-    part = _part(graph, f"bakeout/{site}/", any(it.rows == "prompted" for it in operations))
+    blanks = f"bakeout.{site}.blank" if any(it.rows == "prompted" for it in operations) else None
+    part = _part(graph, f"bakeout/{site}/", blanks)
     if isinstance(part, str):
         return [*faults, part]
     faults += _ways_around(graph, site, part)
@@ -231,18 +254,23 @@ def _constants(site: str, operations: Sequence[Kept], blank: Tensor) -> dict[str
     return {name: value.float() if value.is_floating_point() else value for name, value in {**sums, **found}.items()}
 
 
-def _part(graph: _Graph, home: str, prompted: bool) -> _Part | str:
-    """The part of a graph that is an edit; or, in words, why there is none that could be told from the rest."""
+def _part(graph: _Graph, home: str, blanks: str | None) -> _Part | str:
+    """The part of a graph that is an edit; or, in words, why there is none that could be told from the rest.
+
+    `blanks` is the initializer with the tokens that end and pad a prompt, where the edit is to skip empty prompts.
+    """
     own = [node for node in graph.nodes if node.name.startswith(home)]
     last = [node for node in own if node.name == f"{home}edited"]
     if len(last) != 1 or len(last[0].output) != 1:
         return f"{graph.name} has not one node {home}edited"
-    if any(attribute.HasField("g") or attribute.graphs for node in graph.nodes for attribute in node.attribute):
-        return f"{graph.name} has a node with graphs of its own, which may do anything"
+    if why := graph.unreadable():
+        return why
+    if strange := [node.op_type for node in own if node.op_type not in _OF_EDITS]:
+        return f"{home}... has a node of type {strange[0]!a:.100}, of which no edit is made"
     edited = last[0].output[0]
     made = {value for node in own for value in node.output}
     given = {value for node in own for value in node.input if value} - made - graph.initializers.keys()
-    given -= {_IDS} if prompted else set()
+    given -= {_IDS} if blanks else set()
     if len(given) != 1:
         return f"{home}... reads {len(given)} values where it is to read what the site gives"
     (raw,) = given
@@ -250,7 +278,22 @@ def _part(graph: _Graph, home: str, prompted: bool) -> _Part | str:
         others = [it for it in graph.readers[value] if not it.startswith(home)]
         if others:
             return f"{others[0]!a:.100} reads {value!a:.100} from beside {home}edited"
+    if reader := _reader_of_words(own, blanks):
+        return f"{reader!a:.100} reads of a prompt more than which of its tokens are blank"
     return _Part(own, raw, edited)
+
+
+def _reader_of_words(nodes: Sequence[Any], blanks: str | None) -> str | None:
+    """The name of a node for which it makes a difference which words a prompt has, if there is one."""
+    ids = {_IDS}
+    for node in nodes:
+        read = ids & set(node.input)
+        if not read or (node.op_type == "Equal" and set(node.input) == {*read, blanks}):
+            continue
+        if node.op_type not in ("Slice", "Unsqueeze") or node.input[0] not in ids or ids & set(node.input[1:]):
+            return str(node.name)
+        ids |= set(node.output)
+    return None
 
 
 def _ways_around(graph: _Graph, site: str, part: _Part) -> Iterator[str]:
@@ -273,8 +316,9 @@ def _other_meanings(
 ) -> Iterator[str]:
     run = _runner(graph, part, width)
     tokens = lengths_of(operations).get(graph.name, _TOKENS)
-    y, clear = _probes(operations, width, tokens)
-    ids = _ids(blank, len(y), tokens)
+    odd = _odd_rows(blank, tokens)
+    y, clear = _probes(operations, width, tokens, len(odd))
+    ids = torch.cat([torch.full((len(y) - len(odd), tokens), _word(blank)), odd])
     text = has_text(ids, blank)
     wrong = judged = touched = 0
     # Alone, too: the size of the batch must not choose what is done.
@@ -324,8 +368,11 @@ def _runner(graph: _Graph, part: _Part, width: int) -> Callable[[Tensor, Tensor]
     return run
 
 
-def _probes(operations: Sequence[Kept], width: int, tokens: int) -> tuple[Tensor, Tensor]:
-    """Float32 [batch, tokens, d], and bool [batch, tokens]: where no neuron is too near to the k-th largest to tell."""
+def _probes(operations: Sequence[Kept], width: int, tokens: int, odd: int) -> tuple[Tensor, Tensor]:
+    """Float32 [batch, tokens, d], and bool [batch, tokens]: where no neuron is too near to the k-th largest to tell.
+
+    The last `odd` rows are those in which latents do the most.
+    """
     generator = torch.Generator().manual_seed(0)
     random = torch.cat([torch.randn(_RANDOM, width, generator=generator) * size for size in _SIZES])
     latents = [it for it in operations if isinstance(it, SteerLatents)]
@@ -336,7 +383,7 @@ def _probes(operations: Sequence[Kept], width: int, tokens: int) -> tuple[Tensor
     # Where latents do the most, rows that should have been skipped, or should not, are seen.
     moved = shifted([replace(it, rows="all") for it in latents], probes.double(), {}) - probes
     most = moved.norm(dim=1).topk(tokens).indices
-    y = probes[torch.cat([places, most.repeat(_SORTS)])].reshape(-1, tokens, width)
+    y = probes[torch.cat([places, most.repeat(odd)])].reshape(-1, tokens, width)
     clear = torch.ones(y.shape[:2], dtype=torch.bool)
     for it in gated:
         clear &= torch.cat([_clear(it, part) for part in y])
@@ -362,12 +409,16 @@ def _clear(operation: SteerLatents, y: Tensor) -> Tensor:
     return (apart > _NEAR * before.abs().amax(1))[None]
 
 
-def _ids(blank: Tensor, rows: int, tokens: int) -> Tensor:
-    """int64 [rows, tokens]: rows of text, and at the end `_SORTS` rows."""
-    text = next(it for it in range(len(blank) + 1) if it not in blank.tolist())
-    ids = torch.full((rows, tokens), text)
-    ids[-_SORTS:] = blank[torch.arange(tokens) % len(blank)]
-    # One word, and one after many end marks; the first token is no part of a prompt.
-    ids[-6, 1], ids[-5, -1], ids[-4, 0] = text, text, text
-    ids[-3], ids[-2] = blank[0], blank[-1]
-    return ids
+def _odd_rows(blank: Tensor, tokens: int) -> Tensor:
+    """int64 [rows, tokens], each once: prompts of any number of words, and what is easily taken for text, or missed."""
+    word, place = _word(blank), torch.arange(tokens)
+    blanks = [blank[place % len(blank)], *(it.expand(tokens) for it in blank)]
+    prompts = torch.where((place > 0) & (place <= place[1:, None]), word, blanks[0])
+    # Text behind many end marks; the first token is no part of a prompt.
+    behind, first = (torch.where(place == at, word, blanks[0]) for at in (tokens - 1, 0))
+    return torch.cat([prompts, torch.stack([behind, first, *blanks])])
+
+
+def _word(blank: Tensor) -> int:
+    """A token that is none of them."""
+    return next(it for it in range(len(blank) + 1) if it not in blank.tolist())

@@ -418,9 +418,8 @@ def _output(model: Model, pipeline: Any, site: Site, prompts: list[str]) -> Tens
     """The output of `site` for prompts, encoded as the pipeline does it: [prompts, tokens, d]."""
     found: list[Tensor] = []
 
-    def leave(_module: object, _inputs: object, output: Any) -> None:
-        # An encoder layer of transformers 4 gives a tuple.
-        found.append(output if isinstance(output, Tensor) else output[0])
+    def leave(_module: object, _inputs: object, output: Tensor) -> None:
+        found.append(output)
         raise _Enough
 
     handle = model.module(pipeline, site).register_forward_hook(leave)
@@ -470,19 +469,19 @@ def _mentions(pipeline: Any, site: Site, words: Sequence[str], settings: Setting
 
 
 def _fitting_site(model: Model, file: Path, autoencoder: SparseAutoencoder, layer: int | None) -> Site:
-    site = next((it for it in model.sites_of("text_layer") if it.name == autoencoder.site), None)
+    sites = model.sites_of("text_layer")
+    site = next((it for it in sites if it.name == autoencoder.site), None)
     if site is None:
-        first, *_, last = (it.name for it in model.sites_of("text_layer"))
         raise InputError(
-            f"{file} reads {autoencoder.site!a:.100}, and the layers of {model.source} are {first} to {last}; take an "
-            "autoencoder of this model"
+            f"{file} reads {autoencoder.site!a:.100}, and the layers of {model.source} are {sites[0].name} to "
+            f"{sites[-1].name}; take an autoencoder of this model"
         )
     if autoencoder.width != site.d_out:
         raise InputError(
             f"{file} reads activations of width {autoencoder.width}, and {site.name} of {model.source} has "
             f"{site.d_out}; take an autoencoder of this model"
         )
-    layers = [it for it in model.sites_of("text_layer") if it.component == site.component]
+    layers = [it for it in sites if it.component == site.component]
     if model.family == "sdxl" and site is layers[-1]:
         raise InputError(
             f"{file} reads {site.name}, the last layer of {site.component}, and SDXL draws from the one before it; "

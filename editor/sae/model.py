@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bakeout.editor.checkpoint_header import read_header
-from bakeout.editor.edit import InputNorm
+from bakeout.editor.edit import SITE_NAME, InputNorm
 from bakeout.editor.errors import InputError
 
 FORMAT_VERSION = 1
@@ -72,8 +72,10 @@ class SparseAutoencoder:
             raise ValueError(f"k is {self.k!a:.20}: it must be a whole number from 1 to {latents}, and that for ReLU")
         if self.activation not in ("topk", "relu") or self.input_norm not in get_args(InputNorm):
             raise ValueError("its activation or the norm of its input is not known")
-        if not all(isinstance(text, str) for text in (self.site, self.source_format)):
-            raise ValueError("its site or source is no text")
+        if not (isinstance(self.site, str) and SITE_NAME.fullmatch(self.site)):
+            raise ValueError(f"{self.site!a:.100} is not the name of a site")
+        if not (isinstance(self.source_format, str) and self.source_format.isidentifier()):
+            raise ValueError(f"{self.source_format!a:.100} is not the name of a format")
 
     @property
     def width(self) -> int:

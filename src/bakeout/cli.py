@@ -589,19 +589,17 @@ def sae_train(
     click.echo(f"It is {output}; its curves are {log.with_suffix('.png')}, its log is {log}")
 
 
-@sae.command(epilog=_EXIT_CODES)
+@sae.command("rank", epilog=_EXIT_CODES)
 @click.argument("recipe", type=click.Path(path_type=Path))
 @_output_option("chart", "PNG", "Also draw the ranking.")
 @click.option("--top", type=int, default=20, show_default=True, help="Neurons to show of each edit.")
 @click.option("--force", is_flag=True, help="Overwrite a file that is there already.")
-@click.option(
-    "--device", default="auto", show_default=True, help="cpu, cuda, cuda:1 or mps; auto is the GPU where there is one."
-)
+@_device_option
 @click.option(
     "--dtype", type=click.Choice(DTYPES), default="fp32", show_default=True, help="In which the text encoders run."
 )
 @_debug_option
-def rank(recipe: Path, chart: Path | None, top: int, force: bool, device: str, dtype: str) -> None:
+def sae_rank(recipe: Path, chart: Path | None, top: int, force: bool, device: str, dtype: str) -> None:
     """Show which neurons RECIPE's SNCE edits would take out, and which come next.
 
     A neuron qualifies if it is active in a prompt with the concept and not in its like without. The table has, for each
@@ -624,7 +622,8 @@ def rank(recipe: Path, chart: Path | None, top: int, force: bool, device: str, d
     if chart is not None:
         reserve_png(chart, force=force)
     loaded = Recipe.load(recipe)
-    with _own_warnings(), _progress_bar(len(loaded.edits), "ranking") as bar:
+    ranked = sum(edit.method == "snce" for edit in loaded.edits)
+    with _own_warnings(), _progress_bar(ranked, "ranking") as bar:
         rankings = rank_recipe(loaded, top=top, device=device, dtype=dtype, progress=bar.update)
     click.echo(describe_rankings(rankings))
     if chart is not None:
@@ -725,7 +724,8 @@ def sae_inspect(
     path = builtin or Path(autoencoder)
     if builtin is not None and model is None and not names:
         model, names = autoencoder, (autoencoder,)
-        settings["count"] = settings["count"] or looking.BUILTIN_COUNT
+        if settings["count"] is None:
+            settings["count"] = looking.BUILTIN_COUNT
     _quieten_libraries()
     with _own_warnings(), _prompt_counter() as bar:
         text = looking.inspect_autoencoder(

@@ -35,7 +35,7 @@ settings = { sparsity = 0.05 }
 
 [[edits]]
 method = "snce"
-concept = "red"
+concept = "yellow"
 prompts = { pack = "shapes-colour" }
 settings = { activations = "prompt", strength = 1.0 }
 """

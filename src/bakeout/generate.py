@@ -458,6 +458,27 @@ def _picture(pixels: NDArray[np.float32], prompt: str, seed: int, blanked: bool)
     return Picture(Image.fromarray(rounded), prompt, seed, problem)
 
 
+def reserve_file(path: Path, example: str, kind: str, *, force: bool = False) -> None:
+    """Raise InputError unless a file may be written to `path`: it ends as it should, and is not there or is forced.
+
+    Args:
+        path: of the file.
+        example: a name with the ending that it must have.
+        kind: of file, in words: `a PNG`.
+        force: overwrite what is there.
+    """
+    suffix = Path(example).suffix
+    try:
+        if path.is_dir():
+            raise InputError(f"{path} is a folder: name a file in it with -o, for example {path / example}")
+        if path.suffix.lower() != suffix:
+            raise InputError(f"{path} would be {kind} under another name: let it end in {suffix}")
+        if path.exists() and not force:
+            raise InputError(f"{path} exists already: choose another file with -o, or overwrite it with --force")
+    except OSError as error:
+        raise InputError(f"cannot write {path} ({error.strerror}): choose another file with -o") from error
+
+
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Write under another name, then rename: an interrupted run leaves no half file under the real one."""
     part = path.with_name(f".{path.name}.part")

@@ -165,7 +165,9 @@ def builtin_autoencoder(name: str) -> Path | None:
     """
     if name not in BUILTIN:
         return None
-    path = BUILTIN[name].parent / "sae.safetensors"
+    from bakeout.editor.methods.snce import BUILTIN_SAE
+
+    path = BUILTIN[name].parent / BUILTIN_SAE
     if not path.is_file():
         raise InputError(f"this installation of bakeout lacks the autoencoder of {name}; install bakeout again")
     return path

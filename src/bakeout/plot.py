@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from bakeout.describe import headline, totals
 from bakeout.editor.errors import InputError
 from bakeout.export.manifest import Lowering, Manifest
+from bakeout.generate import reserve_file
 
 _COLOURS = {
     "PatchWeightInput": "#4477aa",
@@ -40,15 +41,7 @@ def write_chart(manifest: Manifest, path: Path, *, force: bool = False) -> None:
 
 def reserve_png(path: Path, *, force: bool = False) -> None:
     """Raise InputError unless a PNG may be written to `path`: it ends so, and is not there or `force` is given."""
-    try:
-        if path.is_dir():
-            raise InputError(f"{path} is a folder: name a file in it with -o, for example {path / 'chart.png'}")
-        if path.suffix.lower() != ".png":
-            raise InputError(f"{path} would be a PNG under another name: let it end in .png")
-        if path.exists() and not force:
-            raise InputError(f"{path} exists already: choose another file with -o, or overwrite it with --force")
-    except OSError as error:
-        raise InputError(f"cannot write {path} ({error.strerror}): choose another file with -o") from error
+    reserve_file(path, "chart.png", "a PNG", force=force)
 
 
 def write_png(path: Path, draw: Callable[[Path], object]) -> None:

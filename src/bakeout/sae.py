@@ -25,7 +25,7 @@ from bakeout.editor.checkpoint_header import read_header
 from bakeout.editor.errors import InputError
 from bakeout.editor.model import open_model
 from bakeout.editor.sae.prompt_files import PromptFile, is_table
-from bakeout.generate import NO_MEMORY, device_from_text, write_whole
+from bakeout.generate import NO_MEMORY, device_from_text, reserve_file, write_whole
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -273,18 +273,15 @@ class _Files:
     def check(self, *, force: bool) -> None:
         """Raise InputError if they cannot be written, or are there and neither forced nor of what goes on."""
         output = self.output
-        if output.is_dir():
-            raise InputError(
-                f"{output} is a folder: name a file in it with -o, for example {output / 'sae.safetensors'}"
-            )
-        if output.suffix.lower() != ".safetensors":
-            raise InputError(f"{output} would be a safetensors file under another name: let it end in .safetensors")
-        # Those beside it may be of a training that was killed just before the autoencoder was there.
+        reserve_file(output, "sae.safetensors", "a safetensors file", force=force)
         log = training_log(output)
-        beside = [] if self.partial.exists() else [log, log.with_suffix(".png")]
-        if not force and (there := [path for path in (output, *beside) if path.exists()]):
-            raise InputError(f"{there[0]} exists already: choose another file with -o, or overwrite it with --force")
         try:
+            # Those beside it may be of a training that was killed just before the autoencoder was there.
+            beside = [] if self.partial.exists() else [log, log.with_suffix(".png")]
+            if not force and (there := [path for path in beside if path.exists()]):
+                raise InputError(
+                    f"{there[0]} exists already: choose another file with -o, or overwrite it with --force"
+                )
             output.parent.mkdir(parents=True, exist_ok=True)
             with TemporaryFile(dir=output.parent):
                 pass
@@ -380,13 +377,15 @@ class _Checkpoint:
     def save(self, trainer: Trainer, journal: _Journal) -> None:
         """Write the file anew, whole or not at all. Raises InputError if it cannot be written."""
         import torch
-        from safetensors.torch import save_file
+        from safetensors.torch import save
 
         state = trainer.state_dict()
         tensors = {name: it.contiguous() for name, it in state.items() if isinstance(it, torch.Tensor)}
         numbers = {name: it for name, it in state.items() if name not in tensors}
         said = {"training": self.training, "numbers": numbers} | asdict(journal)
-        write_whole(self.path, lambda path: save_file(tensors, path, {_METADATA_KEY: json.dumps(said)}))
+        # Not by the library, whose errors in writing are no OSError.
+        content = save(tensors, {_METADATA_KEY: json.dumps(said)})
+        write_whole(self.path, lambda path: path.write_bytes(content))
 
 
 def _train(

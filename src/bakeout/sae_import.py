@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from bakeout.editor.errors import InputError
 from bakeout.editor.model import open_model
-from bakeout.generate import write_whole
+from bakeout.generate import reserve_file, write_whole
 from bakeout.neurons import Activity, attached, doubt, measure
 
 if TYPE_CHECKING:
@@ -54,12 +54,7 @@ def import_autoencoder(
     from bakeout.editor.sae.formats import read_foreign
 
     path = Path(output)
-    if path.is_dir():
-        raise InputError(f"{path} is a folder: name a file in it with -o, for example {path / 'sae.safetensors'}")
-    if path.suffix.lower() != ".safetensors":
-        raise InputError(f"{path} would be a safetensors file under another name: let it end in .safetensors")
-    if path.exists() and not force:
-        raise InputError(f"{path} exists already: choose another file with -o, or overwrite it with --force")
+    reserve_file(path, "sae.safetensors", "a safetensors file", force=force)
     if (model is None) != (prompts is None):
         raise InputError("an autoencoder is measured on a model's prompts: give --model and --prompts, or neither")
     autoencoder = read_foreign(Path(source), site)

@@ -8,6 +8,8 @@ from pathlib import Path
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from bakeout.plot import save_png
+
 _COLOUR, _HELD_OUT = "#4477aa", "#ee6677"
 
 
@@ -53,5 +55,4 @@ def draw_training(curve: Mapping[str, Sequence[float]], held_out: Mapping[str, f
     dead.set_xlabel("million tokens")
     explained.legend(loc="lower right", fontsize=8)
     dead.legend(loc="upper right", fontsize=8)
-    # Without the version of matplotlib.
-    figure.savefig(path, format="png", metadata={"Software": None})
+    save_png(figure, path)

@@ -502,8 +502,24 @@ def test_of_a_neuron_chosen_twice_the_larger_strength_counts():
     assert latents == Edit((steer(neurons=(0, 2, 3), strengths=(1.0, 0.3, 0.9)),))
 
 
+def test_of_a_neuron_chosen_twice_for_other_rows_one_counts():
+    """Both would take it out twice of the rows that they share."""
+    strong = ShiftActivation(LAYER, -1.2 * values(7), "prompted", "sae:17", 1.2)
+    weak, even = (ShiftActivation(LAYER, -it * values(7), "all", "sae:17", it) for it in (0.8, 1.2))
+    longer = ShiftActivation(LAYER, -2 * values(7), "all", "sae:17", 1.2)
+    for pair, expected in (((strong, weak), strong), ((strong, even), even), ((even, longer), longer)):
+        assert merge([Edit((pair[0],)), Edit((pair[1],))]) == merge([Edit(pair[::-1])]) == Edit((expected,))
+    one = steer(neurons=(0, 3), strengths=(1.0, 0.5))
+    two = steer(neurons=(0, 2, 3), strengths=(1.0, 0.3, 0.9), rows="prompted")
+    expected = (
+        steer(neurons=(0,), strengths=(1.0,)), steer(neurons=(2, 3), strengths=(0.3, 0.9), rows="prompted")
+    )  # fmt: skip
+    assert merge([Edit((one,)), Edit((two,))]) == merge([Edit((two, one))]) == Edit(expected)
+
+
 def test_latents_of_other_autoencoders_rows_or_k_stay_apart():
-    others = (steer(), steer(seed=7), steer(rows="prompted"), steer(k=3), steer(input_norm="layer_norm"))
+    rows = steer(neurons=(0, 2), rows="prompted")
+    others = (steer(), steer(seed=7), rows, steer(k=3), steer(input_norm="layer_norm"))
     assert merge(Edit((it,)) for it in others) == Edit(others)
 
 

@@ -1,6 +1,7 @@
 import json
 import math
 import shutil
+from contextlib import contextmanager
 
 import numpy as np
 import onnx
@@ -19,6 +20,7 @@ from bakeout.validate.audit import (
     edited_linear,
     names_of,
     parameters,
+    rounding_of,
     unlike,
     weights_beside,
 )
@@ -227,6 +229,30 @@ def test_a_shift_of_a_layer_is_in_the_bias_of_its_second_ffn(base):
         assert check_weights("diffusers", base, edit, names_of(base), shifted).verdict == "pass"
         check = check_weights("diffusers", base, edit, names_of(base), read)
     assert (check.verdict, check.measured) == ("fail", site.d_out)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_the_rounding_of_changed_biases_is_an_edit_of_its_own(base, monkeypatch, dtype):
+    """With it the edit gives biases that are stored as they are; and nothing else is rounded."""
+    layer, other = base.sites_of("text_layer")
+    ffn2 = base.site(f"{layer.name}.ffn2")
+    value = torch.linspace(-1, 1, layer.d_out, dtype=torch.float64).sin()
+    pruning = PatchWeightInput(base.site(f"{other.name}.ffn2").name, torch.ones(layer.d_out, ffn2.d_in, dtype=bool))
+    per_token = ShiftActivation(other.name, torch.ones(7, layer.d_out) / 3)
+
+    @contextmanager
+    def read_in(model):
+        with parameters(model) as read:
+            yield lambda place: read(place).to(dtype)
+
+    monkeypatch.setattr("bakeout.validate.audit.parameters", read_in)
+    rounding = rounding_of(Edit((ShiftActivation(layer.name, value), pruning, per_token)), base)
+    (shift,) = rounding.operations
+    assert shift.site == ffn2.name
+    with read_in(base) as read:
+        exact = read(("text_encoder", f"{layer.module}.mlp.fc2.bias")).double() + value
+    assert torch.equal(exact + shift.value, exact.to(dtype).double())
+    assert shift.value.any()
 
 
 def test_a_constant_needs_a_bias_to_be_in(base):

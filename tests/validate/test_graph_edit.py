@@ -197,6 +197,24 @@ def test_constants_beside_the_graph_are_read_as_well(tiny, gated, tmp_path):
     assert "where it is not" in judge(tiny, folder, edit).summary
 
 
+def test_a_function_around_is_found(tiny, gated, tmp_path):
+    """A node of which the graph does not say what it does."""
+    folder = Path(shutil.copytree(gated, tmp_path / "it"))
+    path = folder / "text_encoder" / "model.onnx"
+    model = onnx.load(path)
+    (last,) = (node for node in model.graph.node if node.name.endswith("/edited"))
+    for node in model.graph.node:
+        node.input[:] = ["another" if value == last.output[0] else value for value in node.input]
+    opsets = [helper.make_opsetid("", model.opset_import[0].version), helper.make_opsetid("own", 1)]
+    again = helper.make_node("Identity", ["it"], ["same"])
+    model.functions.append(helper.make_function("own", "Same", ["it"], ["same"], [again], opsets[:1]))
+    model.opset_import.append(opsets[1])
+    place = [node.name for node in model.graph.node].index(last.name) + 1
+    model.graph.node.insert(place, helper.make_node("Same", [last.output[0]], ["another"], name="own", domain="own"))
+    onnx.save(model, path)
+    assert "which may do anything" in judge(tiny, folder, Edit((steer(SITE, 16),))).summary
+
+
 def test_without_its_graph_an_edit_is_nowhere(tiny, tmp_path):
     assert "has no model.onnx" in judge(tiny, tmp_path, Edit((steer(SITE, 16),))).summary
 
@@ -250,7 +268,8 @@ def test_weights_beside_an_edit_in_the_graph_are_judged(tiny, tmp_path):
     check = weights(edit, "diffusers")
     assert check.verdict == "unjudged"
     assert f"SteerLatents {SITE}" in check.summary
-    unjudged = weights(Edit((*edit.operations, replace(latents, rows="conditional"))))
+    conditional = steer(SITE, 16, "conditional", neurons=torch.tensor([5]))
+    unjudged = weights(Edit((*edit.operations, conditional)))
     assert unjudged.verdict == "unjudged"
 
 

@@ -632,6 +632,12 @@ def test_what_does_not_fit_is_refused_before_anything_runs(
     refused(lambda: calibrate(model, pipeline, "ink", PAIRS, chosen, folder=tmp_path), words)
 
 
+def test_a_model_of_one_layer_is_told_of_too(tiny: tuple[Model, Any], saved: Any, tmp_path: Path) -> None:
+    model = replace(tiny[0], sites=(tiny[0].site(SITE),))
+    chosen = saved(random_autoencoder(16, "text_encoder.layer.9"))
+    refused(lambda: snce.autoencoders(model, chosen, tmp_path), f"the layers of {model.source} are {SITE} to {SITE};")
+
+
 def test_autoencoders_that_are_too_few_too_many_or_not_there_are_refused(
     tiny: tuple[Model, Any], folders: Any, saved: Any, tmp_path: Path
 ) -> None:

@@ -161,7 +161,12 @@ def test_it_moves_as_a_whole():
         ({"activation": "relu"}, "and that for ReLU"),
         ({"activation": "jumprelu"}, "not known"),
         ({"input_norm": "batch_norm"}, "not known"),
-        ({"site": 9}, "is no text"),
+        ({"site": 9}, "9 is not the name of a site"),
+        # What a terminal obeys, or that forges a line of a report.
+        ({"site": "text_encoder.layer.9\x1b[2J"}, r"\\x1b\[2J' is not the name of a site"),
+        ({"site": "text_encoder.layer.9\n"}, "is not the name of a site"),
+        ({"source_format": "bakeout\x1b[2J"}, r"\\x1b\[2J' is not the name of a format"),
+        ({"source_format": None}, "None is not the name of a format"),
     ],
 )
 def test_what_means_nothing_is_refused(changes, words):

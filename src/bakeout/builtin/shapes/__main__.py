@@ -81,5 +81,24 @@ def train(run: Path, out: Path, changes: tuple[str, ...]) -> None:
     Workshop(run, Settings(**settings)).ship(out)
 
 
+@main.command()
+@click.option("-o", "--out", type=click.Path(path_type=Path), default=PACKAGE / "sae.safetensors",
+              help="Where it goes. [default: into this package]")  # fmt: skip
+def autoencoder(out: Path) -> None:
+    """Train the sparse autoencoder that ships with the model, and store it in half precision. Takes minutes."""
+    import tempfile
+
+    import torch
+
+    from bakeout.sae import prompts_from, train
+
+    with tempfile.TemporaryDirectory() as folder:
+        made = train(
+            "shapes", prompts_from(["shapes"]), Path(folder) / "sae.safetensors", tokens=10_000_000, k=4, seed=3,
+            device="cpu", told=click.echo,
+        )  # fmt: skip
+    made.to(torch.float16).save(out)
+
+
 if __name__ == "__main__":
     main()
