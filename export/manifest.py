@@ -115,7 +115,7 @@ class Validity(_Record):
         schedules: of denoising steps.
         hidden_states: of each edited text encoder, the first hidden state that the whole edit reaches; those before it
             are ways around it.
-        limits: where the method itself is weaker.
+        limits: where the method itself may be weaker.
         bypasses: what undoes the edit.
         reveals: what the artifact tells of it.
     """
@@ -296,10 +296,10 @@ def _limit(kind: str, operation: Any) -> str | None:
         return None
     if operation.rows == "all":
         return (
-            "guidance subtracts what the shift does to the empty or negative prompt, so the erasure is weaker the "
+            "guidance subtracts what the shift does to the empty or negative prompt, so the erasure may be weaker the "
             "larger the guidance scale is"
         )
-    return "with a negative prompt, guidance subtracts what the shift does to it, so the erasure is weaker"
+    return "with a negative prompt, guidance subtracts what the shift does to it, so the erasure may be weaker"
 
 
 def tensor_digest(tensor: StoredTensor) -> str:

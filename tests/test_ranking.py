@@ -113,17 +113,17 @@ def ranking(**changes: Any) -> Ranking:
 
 
 def test_the_table_marks_what_is_taken_out() -> None:
-    text = describe_rankings([ranking(), ranking(neurons=(), qualified=0, taken=0)])
+    text = describe_rankings([ranking(), ranking(neurons=(), qualified=0, taken=0, pairs=1)])
     head = (
-        "'a $5 \\u661f' at text_encoder.layer.9 (96 → 384, TopK 8): {} neurons tell 24 pairs apart, and the edit takes "
-        "out the first {}"
+        "'a $5 \\u661f' at text_encoder.layer.9 (96 → 384, TopK 8): {}, neurons that tell one apart: {}, of which "
+        "the edit takes out {}"
     )
     assert text.split("\n") == [
-        head.format(30, 1), "",
+        head.format("24 pairs", 30, 1), "",
         "rank  neuron  score  pairs  active at (tokens of the prompts with the concept)",
         "1 *   7       180.2  20     star 24, (padding) 1,234",
         "2     31      2.0    1", "",
-        head.format(0, 0),
+        head.format("1 pair", 0, 0),
     ]  # fmt: skip
 
 

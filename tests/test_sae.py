@@ -426,6 +426,7 @@ def test_other_texts_are_no_tokens(text):
         (["--tokens", "255"], "less than a batch"),
         (["--tokens", "lots"], "write a number such as 400M"),
         (["--epochs", 1], "give one of them"),
+        (["--cache-dtype", "fp16"], "give both, or neither"),
         (["--learning-rate", "nan"], "learning_rate is nan"),
         (["--seed", -1], "seed is -1"),
         (["--checkpoint-every", 0], "checkpoint_every is 0"),

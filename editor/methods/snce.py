@@ -88,7 +88,7 @@ class Settings(BaseModel):
     neurons: int = Field(default=1, ge=1)
     activations: Literal["concept", "prompt"] = "concept"
     mentions: Mentions = "joined"
-    strength: float = Field(default=0.8, gt=0, allow_inf_nan=False)
+    strength: float = Field(default=0.8, gt=0, le=1_000, allow_inf_nan=False)
     negative: Literal["empty", "same", "untouched"] = "empty"
 
     @field_validator("sae")
@@ -277,8 +277,8 @@ def calibrate(
     encoders run, up to that layer; neurons are fp32 (fp64 for fp64).
 
     Raises:
-        InputError: no pairs, no autoencoders that fit the model, words that are too long for it, or activations that
-            are not finite.
+        InputError: no pairs, no autoencoders that fit the model, words or prompts that are too long for it, or
+            activations that are not finite.
     """
     if not pairs:
         raise InputError("there are no prompt pairs to find neurons with: give at least one")
@@ -292,6 +292,8 @@ def calibrate(
         tell(1 / sum(counts))
 
     operations: list[Operation] = []
+    for name in found:
+        _check_lengths(pipeline, model.site(name), pairs)
     for name, autoencoder in found.items():
         site = model.site(name)
         scores = pair_scores(model, pipeline, site, autoencoder, pairs, settings.positions, tick)
@@ -447,6 +449,18 @@ def _tokenized(pipeline: Any, site: Site, texts: Sequence[str]) -> Any:
         truncation=True,
         return_tensors="pt",
     )
+
+
+def _check_lengths(pipeline: Any, site: Site, pairs: Sequence[Pair]) -> None:
+    """Raise InputError for a prompt that the text encoder would cut, which may be where the concept is."""
+    tokenizer = getattr(pipeline, site.component.replace("text_encoder", "tokenizer"))
+    for number, pair in enumerate(pairs, 1):
+        for what, tokens in zip(Pair._fields, tokenizer(list(pair)).input_ids, strict=True):
+            if len(tokens) > tokenizer.model_max_length:
+                raise InputError(
+                    f"pair {number}: the {what} is {len(tokens) - 2} tokens, and the text encoder reads "
+                    f"{tokenizer.model_max_length - 2}, so that the concept may be cut off: make it shorter"
+                )
 
 
 def _mentions(pipeline: Any, site: Site, words: Sequence[str], settings: Settings) -> list[str]:

@@ -82,11 +82,11 @@ class TrainingSettings:
         for name, smallest in least.items():
             value = getattr(self, name)
             if not (type(value) is int and smallest <= value < 2**63) and (name, value) != ("latents", None):
-                raise InputError(f"{name} is {value!a:.20}: give a whole number of at least {smallest}")
+                raise InputError(f"{name} is {value!a:.30}: give a whole number from {smallest} to 2^63 - 1")
         for name in ("learning_rate", "epsilon", "aux_weight", "dead_threshold"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
-                raise InputError(f"{name} is {value!a:.20}: give a number that is not negative")
+                raise InputError(f"{name} is {value!a:.20}: give a finite number, 0 or more")
         if self.dtype not in ("fp32", "bf16"):
             raise InputError(f"dtype is {self.dtype!a:.20}: give fp32 or bf16")
 

@@ -54,7 +54,7 @@ def describe_artifact(artifact: Artifact) -> str:
     validity = manifest.validity
     ends = [
         f"It holds at {validity.resolutions} resolution and with {validity.schedules} schedule.",
-        *(["It is weaker where", *(f"  - {limit}" for limit in validity.limits)] if validity.limits else []),
+        *(["It may be weaker:", *(f"  - {limit}" for limit in validity.limits)] if validity.limits else []),
         "It is undone by",
         *(f"  - {bypass}" for bypass in validity.bypasses),
         f"and it tells something: {validity.reveals}.",

@@ -124,8 +124,9 @@ def describe_rankings(rankings: Sequence[Ranking]) -> str:
     texts = []
     for ranking in rankings:
         head = (
-            f"{ranking.concept!a} at {ranking.site} ({ranking.autoencoder}): {ranking.qualified:,} neurons tell "
-            f"{ranking.pairs:,} pairs apart, and the edit takes out the first {ranking.taken:,}"
+            f"{ranking.concept!a} at {ranking.site} ({ranking.autoencoder}): {ranking.pairs:,} "
+            f"pair{'s' * (ranking.pairs != 1)}, neurons that tell one apart: {ranking.qualified:,}, of which the edit "
+            f"takes out {ranking.taken:,}"
         )
         rows = [
             (

@@ -176,6 +176,8 @@ def train(
         raise InputError("the prompts can be read only once: give a list of them, or prompts_from(...)")
     if checkpoint_every < 1:
         raise InputError(f"checkpoint_every is {checkpoint_every}: give a number of steps, 1 or more")
+    if cache is None and cache_dtype != "fp32":
+        raise InputError("--cache-dtype is of the activations that --cache keeps: give both, or neither")
     opened = open_model(model)
     site = text_site(opened, encoder, layer)
     latents = 4 * site.d_out if latents is None else latents

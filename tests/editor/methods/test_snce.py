@@ -605,6 +605,14 @@ def test_a_built_in_model_brings_its_autoencoder(shapes: tuple[Model, Any], tmp_
     assert {name: it.digest for name, it in named.items()} == {given.site: given.digest}
 
 
+def test_a_pair_that_would_be_cut_is_refused(tiny: tuple[Model, Any], saved: Any, tmp_path: Path) -> None:
+    model, pipeline = tiny
+    long = Pair("an owl " * 60 + "naked", "an owl")
+    for pairs, words in (((long,), "pair 1: the target is"), ((*PAIRS, Pair(*long[::-1])), "pair 6: the reference is")):
+        refused(lambda pairs=pairs: calibrate(model, pipeline, "ink", pairs, saved(random_autoencoder(16)),
+                                              folder=tmp_path), words)  # fmt: skip
+
+
 def refused(call: Any, words: str) -> None:
     with pytest.raises(InputError) as caught:
         call()
@@ -671,9 +679,9 @@ def test_a_file_outside_the_recipes_folder_is_refused(name: str) -> None:
     "options",
     [
         {"neurons": 0}, {"strength": 0}, {"strength": float("nan")}, {"strength": float("inf")}, {"strength": -1},
-        {"layer": -1}, {"sae": "one.safetensors"}, {"sae": ["a", "b", "c"]}, {"sae": [1]}, {"words": [" "]},
-        {"words": ["a\x00"]}, {"words": "nude"}, {"negative": "none"}, {"pairs": "mean"}, {"other": 1},
-        {"neurons": 2.0}, {"neurons": True},
+        {"strength": 1e39}, {"layer": -1}, {"sae": "one.safetensors"}, {"sae": ["a", "b", "c"]}, {"sae": [1]},
+        {"words": [" "]}, {"words": ["a\x00"]}, {"words": "nude"}, {"negative": "none"}, {"pairs": "mean"},
+        {"other": 1}, {"neurons": 2.0}, {"neurons": True},
     ],
 )  # fmt: skip
 def test_settings_that_mean_nothing_are_refused(options: dict[str, Any]) -> None:
