@@ -348,7 +348,10 @@ def test_on_a_terminal_there_is_a_live_line(tiny_model, prompts, tmp_path, monke
 
 
 def test_an_interrupt_says_how_to_go_on(tiny_model, prompts, tmp_path, monkeypatch):
-    monkeypatch.setattr(SparseAutoencoder, "save", lambda *_: signal.raise_signal(signal.SIGINT))
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(SparseAutoencoder, "save", interrupted)
     done = invoke(*arguments(tiny_model, prompts, tmp_path / "sae.safetensors"))
     assert done.exit_code == 130
     partial = tmp_path / "sae.safetensors.partial"
