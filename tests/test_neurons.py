@@ -228,10 +228,10 @@ def test_of_the_built_in_model(tmp_path):
 
 def test_an_autoencoder_of_another_model_is_one_sentence():
     model = open_model("shapes")
-    with pytest.raises(InputError, match=r"reads 8 features, and text_encoder\.layer\.9 of shapes has 96"):
+    with pytest.raises(InputError, match=r"reads activations of width 8, and text_encoder\.layer\.9 of shapes has 96;"):
         attached(exact(8), model)
     other = SparseAutoencoder(**{**vars(exact(96)), "site": "text_encoder_2.layer.9"})
-    with pytest.raises(InputError, match=r"text_encoder_2\.layer\.9.* run from text_encoder\.layer\.0 to"):
+    with pytest.raises(InputError, match=r"text_encoder_2\.layer\.9.* are text_encoder\.layer\.0 to"):
         attached(other, model)
 
 

@@ -20,6 +20,7 @@ from bakeout.editor.edit import Edit, Operation, Origin, Rows, ShiftActivation, 
 from bakeout.editor.errors import InputError
 from bakeout.editor.model import Model
 from bakeout.editor.prompts import MAX_PROMPT, Pair, concept_tuple, prompts_digest
+from bakeout.editor.sae.activations import site_of
 from bakeout.editor.sae.model import SparseAutoencoder
 from bakeout.editor.sites import Site
 from bakeout.editor.text_files import path_inside, text_fault
@@ -483,19 +484,8 @@ def _mentions(pipeline: Any, site: Site, words: Sequence[str], settings: Setting
 
 
 def _fitting_site(model: Model, file: Path, autoencoder: SparseAutoencoder, layer: int | None) -> Site:
-    sites = model.sites_of("text_layer")
-    site = next((it for it in sites if it.name == autoencoder.site), None)
-    if site is None:
-        raise InputError(
-            f"{file} reads {autoencoder.site!a:.100}, and the layers of {model.source} are {sites[0].name} to "
-            f"{sites[-1].name}; take an autoencoder of this model"
-        )
-    if autoencoder.width != site.d_out:
-        raise InputError(
-            f"{file} reads activations of width {autoencoder.width}, and {site.name} of {model.source} has "
-            f"{site.d_out}; take an autoencoder of this model"
-        )
-    layers = [it for it in sites if it.component == site.component]
+    site = site_of(autoencoder, model, str(file))
+    layers = [it for it in model.sites_of("text_layer") if it.component == site.component]
     if model.family == "sdxl" and site is layers[-1]:
         raise InputError(
             f"{file} reads {site.name}, the last layer of {site.component}, and SDXL draws from the one before it; "

@@ -29,6 +29,7 @@ from torch import Tensor
 from bakeout.editor.errors import InputError
 from bakeout.editor.model import Model
 from bakeout.editor.pipeline import load_tokenizer
+from bakeout.editor.sae.model import SparseAutoencoder
 from bakeout.editor.sae.processes import Processes
 from bakeout.editor.sites import Site
 from bakeout.editor.weights import load_module
@@ -79,6 +80,27 @@ def text_site(model: Model, encoder: str = "text_encoder", layer: int | None = N
     if not 0 <= chosen < len(sites):
         raise InputError(f"the {encoder} of {model.source} has no layer {chosen}; its layers are 0 to {len(sites) - 1}")
     return sites[chosen]
+
+
+def site_of(autoencoder: SparseAutoencoder, model: Model, name: str = "the autoencoder") -> Site:
+    """The site of `model` that the autoencoder, called `name`, reads.
+
+    Raises:
+        InputError: the model has no such layer of a text encoder, or one of another width.
+    """
+    sites = model.sites_of("text_layer")
+    site = next((it for it in sites if it.name == autoencoder.site), None)
+    if site is None:
+        raise InputError(
+            f"{name} reads {autoencoder.site!a:.100}, and the layers of {model.source} are {sites[0].name} to "
+            f"{sites[-1].name}; take an autoencoder of this model"
+        )
+    if autoencoder.width != site.d_out:
+        raise InputError(
+            f"{name} reads activations of width {autoencoder.width}, and {site.name} of {model.source} has "
+            f"{site.d_out}; take an autoencoder of this model"
+        )
+    return site
 
 
 class TextActivations:

@@ -183,20 +183,9 @@ def attached(
     """
     import torch
 
-    from bakeout.editor.sae.activations import TextActivations
+    from bakeout.editor.sae.activations import TextActivations, site_of
 
-    sites = model.sites_of("text_layer")
-    site = next((it for it in sites if it.name == autoencoder.site), None)
-    if site is None:
-        raise InputError(
-            f"the autoencoder reads {autoencoder.site!a:.100}, and the text layers of {model.source} run from "
-            f"{sites[0].name} to {sites[-1].name}: give the model that it was trained on"
-        )
-    if site.d_out != autoencoder.width:
-        raise InputError(
-            f"the autoencoder reads {autoencoder.width} features, and {site.name} of {model.source} has {site.d_out}: "
-            "give the model that it was trained on"
-        )
+    site = site_of(autoencoder, model)
     chosen = device_from_text(device)
     return autoencoder.to(chosen, torch.float32), TextActivations(model, site, chosen)
 
