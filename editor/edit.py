@@ -34,6 +34,8 @@ from bakeout.editor.sites import Site
 
 FORMAT_VERSION = 1
 _METADATA_KEY = "bakeout.edit"
+# Of a mask, which takes 40 times its bytes in the file when its values come to it. That of SDXL at 2048 px has 2^25.
+_MAX_ELEMENTS = 1 << 28
 _VALUE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Ours, and nothing that could forge a line of a report.
 SITE_NAME = re.compile(r"\w+(\.\w+)*", re.ASCII)
@@ -105,17 +107,29 @@ class PatchWeightInput(_Operation):
 class PatchActivation(_Operation):
     """Features of a Linear's input or output at a constant: where(M, v, x).
 
+    Patches of one place that hold in the same call and row are one: M is the OR of their masks, v the mean over those
+    whose mask holds (ActErase, Eq. 7-8).
+
     Attributes:
         site: a site with a weight [d_out, d_in].
         at: `input` or `output` of the Linear.
         mask: bool [d] (features, at every token) or [tokens, d] (valid for one number of tokens only), M.
-        value: float, as the mask, v.
+        value: float, as the mask, v; zero wherever the mask is not set, whatever is given there.
+        latents: with a mask [tokens, d] in the UNet, the only height and width of latents that it is valid for; None
+            says nothing, and no graph can hold it.
+        rows: `all`, or `conditional`: those of prompts and not those of negative prompts, which only the eager
+            reference can tell.
+        calls: of a drawing's calls of the UNet, from 0, the first one in which the patch acts and the first one after
+            those, which only the eager reference can tell; None is every call.
     """
 
     site: str
     at: Literal["input", "output"]
     mask: Tensor
-    value: Tensor
+    value: Tensor = field(metadata={"where": "mask"})
+    latents: tuple[int, int] | None = None
+    rows: Literal["all", "conditional"] = "all"
+    calls: tuple[int, int] | None = None
     rank: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
@@ -123,6 +137,17 @@ class PatchActivation(_Operation):
         _check(self.site, self.at in ("input", "output"), "a patch is at the input or the output")
         _check_mask(self.site, self.mask, (1, 2))
         _check_value(self.site, self.value, tuple(self.mask.shape))
+        object.__setattr__(self, "value", self.value.where(self.mask, 0))
+        for name, least in (("latents", 1), ("calls", 0)):
+            pair = getattr(self, name)
+            if pair is not None:
+                whole = len(pair) == 2 and all(type(it) is int and it >= least for it in pair)
+                _check(self.site, whole, f"{name} are no two whole numbers")
+                # A file gives back a list.
+                object.__setattr__(self, name, tuple(pair))
+        _check(self.site, self.latents is None or self.mask.ndim == 2, "a mask of features is for latents of any size")
+        _check(self.site, self.calls is None or self.calls[0] < self.calls[1], "there are no calls in which it acts")
+        _check(self.site, self.rows in ("all", "conditional"), "the rows are neither all nor conditional")
 
     @property
     def touched(self) -> tuple[int, int, str]:
@@ -375,7 +400,8 @@ def check_fits(operation: Operation, site: Site) -> None:
             f"this Edit was made for another model: at {site.name} it has width {_sizes(given)} where the model has "
             f"{_sizes(expected)}; use the model that it was made for"
         )
-    if getattr(operation, "rows", "all") != "all" and not site.component.startswith("text_encoder"):
+    tells_rows = site.component.startswith("text_encoder") or isinstance(operation, PatchActivation)
+    if getattr(operation, "rows", "all") != "all" and not tells_rows:
         raise InputError(f"{site.name} sees no prompts, so an operation there cannot skip any; use rows = 'all'")
 
 
@@ -410,7 +436,7 @@ def _sort_of(operation: Operation) -> tuple[object, ...]:
     if isinstance(operation, PatchWeightInput):
         return (operation.value is None,)
     if isinstance(operation, PatchActivation):
-        return (operation.at,)
+        return operation.at, operation.rows, operation.calls
     if isinstance(operation, ShiftActivation):
         return (operation.neuron or operation.digest,)
     autoencoder = (operation.encoder, operation.encoder_bias, operation.center)
@@ -418,7 +444,7 @@ def _sort_of(operation: Operation) -> tuple[object, ...]:
 
 
 def _merge_weight_inputs(group: Sequence[Any]) -> list[Operation]:
-    mask = _either(group)
+    mask = _either(group[0].site, [it.mask for it in group])
     if group[0].value is None:
         return [PatchWeightInput(group[0].site, mask)]
     # One value a column, so a column's mean is over the edits that mask any weight of it.
@@ -427,7 +453,18 @@ def _merge_weight_inputs(group: Sequence[Any]) -> list[Operation]:
 
 def _merge_patches(group: Sequence[Any]) -> list[Operation]:
     first = group[0]
-    return [PatchActivation(first.site, first.at, _either(group), _masked_mean([it.mask for it in group], group))]
+    # A patch of features is one of these features at every token.
+    whole = max((it.mask for it in group), key=lambda mask: mask.ndim).shape
+    masks = [it.mask.expand(whole) if it.mask.shape == whole[-1:] else it.mask for it in group]
+    sizes = sorted({it.latents for it in group if it.latents is not None})
+    if len(sizes) > 1:
+        listed = " and ".join(f"{width}x{height}" for height, width in sizes)
+        raise InputError(
+            f"edits at {first.site} are for latents of {listed}; calibrate all of them at one picture size"
+        )
+    mask = _either(first.site, masks)
+    value = _masked_mean(masks, group)
+    return [PatchActivation(first.site, first.at, mask, value, sizes[0] if sizes else None, first.rows, first.calls)]
 
 
 def _merge_shifts(group: Sequence[Any]) -> list[Operation]:
@@ -468,14 +505,13 @@ _MERGES: Mapping[type[Operation], Callable[[Sequence[Any]], list[Operation]]] = 
 }
 
 
-def _either(group: Sequence[Any]) -> Tensor:
-    shapes = {tuple(it.mask.shape) for it in group}
+def _either(site: str, masks: Sequence[Tensor]) -> Tensor:
+    shapes = {tuple(mask.shape) for mask in masks}
     if len(shapes) > 1:
         listed = " and ".join(map(str, sorted(shapes)))
         raise InputError(
-            f"edits at {group[0].site} have masks of shapes {listed}; calibrate all of them on one model at one size"
+            f"edits at {site} have masks of shapes {listed}; calibrate all of them on one model at one size"
         )
-    masks: list[Tensor] = [it.mask for it in group]
     return reduce(torch.logical_or, masks)
 
 
@@ -498,6 +534,9 @@ def _encode(operation: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
         value = getattr(operation, it.name)
         if not isinstance(value, Tensor):
             said[it.name] = value
+        elif "where" in it.metadata:
+            said[it.name] = {"masked": list(value.shape)}
+            tensors[it.name] = value.detach().cpu()[getattr(operation, it.metadata["where"]).cpu()]
         elif value.dtype == torch.bool:
             said[it.name] = {"bits": list(value.shape)}
             tensors[it.name] = torch.from_numpy(np.packbits(value.cpu().numpy(), bitorder="little"))
@@ -526,15 +565,31 @@ def _decode(said: Any, tensors: Mapping[str, Tensor]) -> Any:
         raise ValueError(f"the fields of {name} are others")
     if {key for key, value in said.items() if isinstance(value, dict)} != tensors.keys():
         raise ValueError(f"the tensors of {name} are others")
-    return record(
-        **{key: _tensor(key, value, tensors[key]) if key in tensors else value for key, value in said.items()}
-    )
+    placed = {it.name: it.metadata["where"] for it in fields(record) if "where" in it.metadata}
+    whole = {
+        key: _tensor(key, value, tensors[key]) if key in tensors else value
+        for key, value in said.items()
+        if key not in placed
+    }
+    for name, mask in placed.items():
+        whole[name] = _scattered(name, said[name], tensors.get(name), whole[mask])
+    return record(**whole)
+
+
+def _scattered(name: str, said: Any, stored: Tensor | None, mask: Any) -> Tensor:
+    """A tensor of which only the values under `mask` were stored."""
+    fits = isinstance(mask, Tensor) and mask.dtype == torch.bool and said == {"masked": list(mask.shape)}
+    if not fits or stored is None or stored.shape != (int(mask.sum()),):
+        raise ValueError(f"{name} has not the values of its mask")
+    return torch.zeros(mask.shape, dtype=stored.dtype).masked_scatter(mask, stored)
 
 
 def _tensor(name: str, said: Mapping[str, Any], stored: Tensor) -> Tensor:
     [(how, shape)] = said.items()
     if not (isinstance(shape, list) and len(shape) in (1, 2) and all(type(size) is int and size > 0 for size in shape)):
         raise ValueError(f"{name} has no shape")
+    if math.prod(shape) > _MAX_ELEMENTS:
+        raise ValueError(f"{name} is larger than any layer")
     if how == "tensor":
         if list(stored.shape) != shape:
             raise ValueError(f"{name} is not of shape {shape!a:.50}")

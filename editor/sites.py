@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from bakeout.editor.ldm_names import Location
 
-KINDS = ("ffn1", "ffn2", "attn_key", "attn_value", "text_ffn2", "text_layer")
+KINDS = ("ffn1", "ffn2", "attn_key", "attn_value", "attn_out", "text_ffn2", "text_layer")
 
 
 @dataclass(frozen=True)
@@ -34,9 +34,16 @@ class Site:
 
 _UNET = re.compile(
     r"(?:(?P<side>down|up)_blocks\.(?P<block>\d+)|mid_block)\.attentions\.(?P<attn>\d+)"
-    r"\.transformer_blocks\.(?P<depth>\d+)\.(?P<inner>attn2\.to_k|attn2\.to_v|ff\.net\.0\.proj|ff\.net\.2)\.weight"
+    r"\.transformer_blocks\.(?P<depth>\d+)\."
+    r"(?P<inner>attn2\.to_k|attn2\.to_v|attn2\.to_out\.0|ff\.net\.0\.proj|ff\.net\.2)\.weight"
 )
-_UNET_KINDS = {"attn2.to_k": "attn_key", "attn2.to_v": "attn_value", "ff.net.0.proj": "ffn1", "ff.net.2": "ffn2"}
+_UNET_KINDS = {
+    "attn2.to_k": "attn_key",
+    "attn2.to_v": "attn_value",
+    "attn2.to_out.0": "attn_out",
+    "ff.net.0.proj": "ffn1",
+    "ff.net.2": "ffn2",
+}
 _TEXT_FFN2 = re.compile(r"(?P<layer>(?:text_model\.)?encoder\.layers\.(?P<index>\d+))\.mlp\.fc2\.weight")
 
 

@@ -64,6 +64,9 @@ OPERATIONS = (
     PatchWeightInput(FFN2, mask(3, 7, seed=1), values(7, dtype=torch.bfloat16)),
     PatchActivation(FFN2, "input", mask(7), values(7, dtype=torch.float16)),
     PatchActivation(FFN2, "output", mask(5, 3), values(5, 3, dtype=torch.float64)),
+    PatchActivation(FFN2, "output", mask(6, 3), values(6, 3, dtype=torch.bfloat16), (2, 3), "conditional", (0, 5)),
+    PatchActivation(FFN2, "output", mask(6, 3), values(6, 3), calls=(5, 6)),
+    PatchActivation("z.b", "input", torch.zeros(9, dtype=torch.bool), values(9)),
     ShiftActivation(LAYER, values(7), "prompted", "0123:17", 1.2),
     ShiftActivation(LAYER, values(77, 7)),
     ShiftActivation(LAYER, values(7, seed=1), "conditional"),
@@ -236,6 +239,13 @@ BAD_RECORDS: dict[str, Callable[[], object]] = {
     "an 8-bit value": lambda: PatchWeightInput("a", mask(3, 7), values(7).to(torch.float8_e4m3fn)),
     "a value of NaN": lambda: ShiftActivation("a", torch.tensor([1.0, torch.nan])),
     "an infinite value": lambda: PatchActivation("a", "input", mask(2), torch.tensor([1.0, torch.inf])),
+    "a patch of some rows": lambda: PatchActivation("a", "input", mask(2), values(2), rows="prompted"),
+    "features for one size of latents": lambda: PatchActivation("a", "input", mask(2), values(2), (8, 8)),
+    "latents without a side": lambda: PatchActivation("a", "input", mask(4, 2), values(4, 2), (4, 0)),
+    "latents of three sides": lambda: PatchActivation("a", "input", mask(4, 2), values(4, 2), (4, 1, 1)),
+    "a patch for no call": lambda: PatchActivation("a", "input", mask(2), values(2), calls=(3, 3)),
+    "a patch from call -1 on": lambda: PatchActivation("a", "input", mask(2), values(2), calls=(-1, 3)),
+    "a patch for half a call": lambda: PatchActivation("a", "input", mask(2), values(2), calls=(0, 1.5)),
     "a patch between": lambda: PatchActivation("a", "middle", mask(2), values(2)),
     "a shift of three dimensions": lambda: ShiftActivation("a", values(2, 2, 2)),
     "rows of no kind": lambda: ShiftActivation("a", values(2), "some"),
@@ -301,6 +311,7 @@ def tensor(kind: str, name: str, value: torch.Tensor | None) -> Callable[[Any, A
     return lambda said, tensors: tensors.pop(key) if value is None else tensors.update({key: value})
 
 
+PATCHED = int(mask(7).sum())
 HOSTILE: dict[str, Callable[[Any, dict[str, torch.Tensor]], Any]] = {
     "a newer version": lambda said, _: said.update(version=2),
     "a version in words": lambda said, _: said.update(version="1"),
@@ -349,7 +360,23 @@ HOSTILE: dict[str, Callable[[Any, dict[str, torch.Tensor]], Any]] = {
     "a norm in a list": put("SteerLatents", "input_norm", ["none"]),
     "k beyond all": put("SteerLatents", "k", 10**30),
     "a value of NaN": tensor("ShiftActivation", "value", torch.full((7,), torch.nan)),
-    "an infinite value": tensor("PatchActivation", "value", torch.full((7,), torch.inf)),
+    "an infinite value": tensor("PatchActivation", "value", torch.full((PATCHED,), torch.inf)),
+    "a value too few": tensor("PatchActivation", "value", torch.ones(PATCHED - 1)),
+    "a value too many": tensor("PatchActivation", "value", torch.ones(PATCHED + 1)),
+    "values of whole numbers": tensor("PatchActivation", "value", torch.ones(PATCHED, dtype=torch.int64)),
+    "values in a table": tensor("PatchActivation", "value", torch.ones(PATCHED, 1)),
+    "a value of the mask's shape": lambda said, tensors: (
+        put("PatchActivation", "value", {"tensor": [7]})(said, tensors),
+        tensor("PatchActivation", "value", torch.ones(7))(said, tensors),
+    )[0],
+    "values under another mask": put("PatchActivation", "value", {"masked": [8]}),
+    "values under a mask in the JSON": put("PatchActivation", "mask", [True] * 7),
+    "a shift under a mask": put("ShiftActivation", "value", {"masked": [7]}),
+    "latents in words": put("PatchActivation", "latents", "64x64"),
+    "latents in lists": put("PatchActivation", "latents", [[64], [64]]),
+    "one side of latents": put("PatchActivation", "latents", 64),
+    "calls of truths": put("PatchActivation", "calls", [False, True]),
+    "patched rows of no kind": put("PatchActivation", "rows", "prompted"),
     "a value of whole numbers": tensor("ShiftActivation", "value", torch.ones(7, dtype=torch.int64)),
     "an 8-bit value": tensor("ShiftActivation", "value", torch.ones(7).to(torch.float8_e4m3fn)),
     "a complex value": tensor("ShiftActivation", "value", torch.ones(7, dtype=torch.complex64)),
@@ -486,6 +513,47 @@ def test_prunings_and_patches_of_weights_stay_apart():
     assert merge([edit]) == edit
 
 
+def test_a_patch_of_features_merges_as_one_at_every_token():
+    features = PatchActivation(FFN2, "input", mask(7), values(7, dtype=torch.float64))
+    tokens = PatchActivation(FFN2, "input", mask(6, 7, seed=1), values(6, 7, seed=1, dtype=torch.float64), (2, 3))
+    masks = [features.mask.repeat(6, 1), tokens.mask]
+    expected = naive_mean(masks, [features.value.repeat(6, 1), tokens.value])
+    for pair in ((features, tokens), (tokens, features)):
+        (merged,) = merge(Edit((it,)) for it in pair).operations
+        assert torch.equal(merged.mask, masks[0] | masks[1])
+        assert float((merged.value - expected).norm() / expected.norm()) <= 1e-15
+        assert merged.latents == (2, 3)
+
+
+def test_patches_for_other_latents_do_not_merge():
+    square, wide, unknown = (
+        PatchActivation(FFN2, "input", mask(16, 7), values(16, 7), it) for it in ((4, 4), (2, 8), None)
+    )
+    with pytest.raises(InputError, match="for latents of 8x2 and 4x4; calibrate all of them at one picture size"):
+        merge([Edit((square,)), Edit((wide,))])
+    (merged,) = merge([Edit((unknown,)), Edit((wide,))]).operations
+    assert merged.latents == (2, 8)
+
+
+def test_patches_for_other_rows_or_calls_stay_apart():
+    both = tuple(
+        PatchActivation(FFN2, "input", mask(7), values(7), **own)
+        for own in ({}, {"rows": "conditional"}, {"calls": (0, 3)}, {"calls": (3, 6)})
+    )
+    assert merge(Edit((it,)) for it in both) == Edit(both)
+
+
+def test_what_lies_outside_a_mask_is_nothing(tmp_path):
+    patched, there, elsewhere = mask(5, 7), values(5, 7), values(5, 7, seed=1)
+    one, other = (PatchActivation("a", "input", patched, torch.where(patched, there, it)) for it in (there, elsewhere))
+    assert one == other
+    assert torch.equal(other.value, there.where(patched, torch.zeros(())))
+    Edit((one,)).save(tmp_path / "edit.safetensors")
+    stored = read_header(tmp_path / "edit.safetensors").tensors["0000.value"]
+    assert stored.shape == (int(patched.sum()),)
+    assert torch.equal(load_file(tmp_path / "edit.safetensors")["0000.value"], there[patched])
+
+
 def test_patches_at_input_and_output_stay_apart():
     both = (PatchActivation(FFN2, "input", mask(7), values(7)), PatchActivation(FFN2, "output", mask(7), values(7)))
     assert len(merge([Edit(both)]).operations) == 2
@@ -576,7 +644,7 @@ def test_a_mean_is_as_exact_as_its_most_exact_value():
     "pair",
     [
         [PatchActivation("a", "input", mask(tokens, 7), values(tokens, 7)) for tokens in (4, 5)],
-        [PatchActivation("a", "input", mask(*shape), values(*shape)) for shape in ((4, 7), (7,))],
+        [PatchActivation("a", "input", mask(*shape), values(*shape)) for shape in ((4, 7), (6,))],
         [PatchWeightInput("a", mask(rows, 7)) for rows in (3, 4)],
     ],
 )
