@@ -183,7 +183,7 @@ def test_kinds_and_order_of_sites(folders: Folders) -> None:
         *(f"unet.up.0.attn.{a}.block.{b}" for a in range(3) for b in range(3)),
         *(f"unet.up.1.attn.{a}.block.{b}" for a in range(3) for b in range(2)),
     ]
-    for kind in ("ffn1", "attn_key", "attn_value"):
+    for kind in ("ffn1", "attn_key", "attn_value", "attn_out"):
         assert [site.name for site in model.sites_of(kind)] == [f"{block}.{kind}" for block in blocks]
     with pytest.raises(InputError, match="is not a kind of site"):
         model.sites_of("ffn3")

@@ -139,7 +139,8 @@ def test_full_size_single_files_open_with_the_shipped_configurations(
 ) -> None:
     model = open_model(write_sparse(tmp_path / "full.safetensors", full_size(config)))
     assert model.family == SHIPPED[config]
-    assert [len(model.sites_of(kind)) for kind in ("ffn1", "ffn2", "attn_key", "attn_value")] == [ffn2] * 4
+    kinds = ("ffn1", "ffn2", "attn_key", "attn_value", "attn_out")
+    assert [len(model.sites_of(kind)) for kind in kinds] == [ffn2] * 5
     assert len(model.sites_of("text_layer")) == len(model.sites_of("text_ffn2")) == text
     assert (model.site("unet.mid.attn.0.block.0.ffn2").d_in, model.site("text_encoder.layer.9").d_out) == (
         5120, 1024 if model.family == "sd2" else 768,
