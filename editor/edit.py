@@ -19,23 +19,21 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import cached_property, reduce
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeAlias, cast, get_args
+from typing import Any, ClassVar, Literal, TypeAlias, get_args
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from bakeout.editor.checkpoint_header import read_header
 from bakeout.editor.errors import InputError
+from bakeout.editor.records import canonical, decode, digest, encode, tensor_digest
 from bakeout.editor.sites import Site
 
 FORMAT_VERSION = 1
 _METADATA_KEY = "bakeout.edit"
-# Of a mask, which takes 40 times its bytes in the file when its values come to it. That of SDXL at 2048 px has 2^25.
-_MAX_ELEMENTS = 1 << 28
 _VALUE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Ours, and nothing that could forge a line of a report.
 SITE_NAME = re.compile(r"\w+(\.\w+)*", re.ASCII)
@@ -60,11 +58,7 @@ class _Operation:
     @cached_property
     def digest(self) -> str:
         """SHA-256 of the record's type, fields, and its tensors' dtypes, shapes and bytes."""
-        said, tensors = _encode(self)
-        total = hashlib.sha256(_canonical(said).encode())
-        for name, tensor in sorted(tensors.items()):
-            total.update(f"{name} {_tensor_digest(tensor)}".encode())
-        return total.hexdigest()
+        return digest(self)
 
     @property
     def touched(self) -> tuple[int, int, str]:
@@ -283,7 +277,7 @@ class Origin:
         if not isinstance(self.settings, Mapping) or type(self.pairs) is not int or self.pairs < 0:
             raise ValueError("an origin's settings are not a table, or its pairs not a number")
         # As a file gives them back: a tuple is a list there.
-        object.__setattr__(self, "settings", json.loads(_canonical(dict(self.settings))))
+        object.__setattr__(self, "settings", json.loads(canonical(dict(self.settings))))
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -299,7 +293,7 @@ class Edit:
     def __post_init__(self) -> None:
         operations = sorted(self.operations, key=lambda it: (_natural(it.site), it.rank, it.digest))
         object.__setattr__(self, "operations", tuple(operations))
-        object.__setattr__(self, "origins", tuple(sorted(self.origins, key=lambda it: _canonical(vars(it)))))
+        object.__setattr__(self, "origins", tuple(sorted(self.origins, key=lambda it: canonical(vars(it)))))
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Edit) and self.digest == other.digest
@@ -310,7 +304,7 @@ class Edit:
     @property
     def digest(self) -> str:
         """SHA-256 of the operations and origins: Edits are equal when their digests are."""
-        parts = [*(operation.digest for operation in self.operations), *(_canonical(vars(it)) for it in self.origins)]
+        parts = [*(operation.digest for operation in self.operations), *(canonical(vars(it)) for it in self.origins)]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
     def __repr__(self) -> str:
@@ -334,14 +328,14 @@ class Edit:
         tensors: dict[str, Tensor] = {}
         records = []
         for number, operation in enumerate(self.operations):
-            said, own = _encode(operation)
+            said, own = encode(operation)
             records.append(said)
             # The library refuses tensors that share memory, as one value at several sites does.
             copies = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in own.items()}
             tensors |= {f"{number:04}.{name}": tensor for name, tensor in copies.items()}
         said = {"version": FORMAT_VERSION, "operations": records, "origins": [vars(it) for it in self.origins]}
         # One key: the library writes several in an order that changes from run to run.
-        return save(tensors, metadata={_METADATA_KEY: _canonical(said)})
+        return save(tensors, metadata={_METADATA_KEY: canonical(said)})
 
     @classmethod
     def load(cls, path: Path) -> Edit:
@@ -365,7 +359,8 @@ class Edit:
                 number, _, own_name = name.partition(".")
                 tensors[number][own_name] = tensor
             operations = [
-                _decode(record, tensors.pop(f"{number:04}", {})) for number, record in enumerate(said["operations"])
+                decode(record, tensors.pop(f"{number:04}", {}), _OPERATIONS)
+                for number, record in enumerate(said["operations"])
             ]
             if tensors:
                 raise ValueError("it has tensors of no operation")
@@ -427,7 +422,7 @@ def merge(edits: Iterable[Edit]) -> Edit:
     for operation in sorted((it for edit in edits for it in edit.operations), key=lambda it: it.digest):
         groups[(type(operation), operation.site, *_sort_of(operation))].append(operation)
     merged = [it for group in groups.values() for it in (group if len(group) == 1 else _MERGES[type(group[0])](group))]
-    origins = {_canonical(vars(it)): it for edit in edits for it in edit.origins}
+    origins = {canonical(vars(it)): it for edit in edits for it in edit.origins}
     return Edit(tuple(merged), tuple(origins.values()))
 
 
@@ -440,7 +435,7 @@ def _sort_of(operation: Operation) -> tuple[object, ...]:
     if isinstance(operation, ShiftActivation):
         return (operation.neuron or operation.digest,)
     autoencoder = (operation.encoder, operation.encoder_bias, operation.center)
-    return operation.k, operation.input_norm, *(_tensor_digest(part) for part in autoencoder)
+    return operation.k, operation.input_norm, *(tensor_digest(part) for part in autoencoder)
 
 
 def _merge_weight_inputs(group: Sequence[Any]) -> list[Operation]:
@@ -524,85 +519,6 @@ def _masked_mean(masks: Sequence[Tensor], group: Sequence[Any]) -> Tensor:
 
 def _common_dtype(tensors: Iterable[Tensor]) -> torch.dtype:
     return reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
-
-
-def _encode(operation: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """A record as JSON and tensors; a mask as uint8, its bits packed from the least significant one on."""
-    said: dict[str, Any] = {"operation": type(operation).__name__}
-    tensors: dict[str, Tensor] = {}
-    for it in fields(operation):
-        value = getattr(operation, it.name)
-        if not isinstance(value, Tensor):
-            said[it.name] = value
-        elif "where" in it.metadata:
-            said[it.name] = {"masked": list(value.shape)}
-            tensors[it.name] = value.detach().cpu()[getattr(operation, it.metadata["where"]).cpu()]
-        elif value.dtype == torch.bool:
-            said[it.name] = {"bits": list(value.shape)}
-            tensors[it.name] = torch.from_numpy(np.packbits(value.cpu().numpy(), bitorder="little"))
-        else:
-            said[it.name] = {"tensor": list(value.shape)}
-            tensors[it.name] = value.detach().cpu()
-    return said, tensors
-
-
-def _bytes(tensor: Tensor) -> bytes:
-    # Not of the tensor itself: numpy has no bfloat16.
-    return tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
-
-
-def _tensor_digest(tensor: Tensor) -> str:
-    return hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)}".encode() + _bytes(tensor)).hexdigest()
-
-
-def _decode(said: Any, tensors: Mapping[str, Tensor]) -> Any:
-    said = dict(said)
-    name = said.pop("operation")
-    if name not in _OPERATIONS:
-        raise ValueError(f"there is no operation {name!a:.50}")
-    record = cast(Any, _OPERATIONS[name])
-    if {it.name for it in fields(record)} != said.keys():
-        raise ValueError(f"the fields of {name} are others")
-    if {key for key, value in said.items() if isinstance(value, dict)} != tensors.keys():
-        raise ValueError(f"the tensors of {name} are others")
-    placed = {it.name: it.metadata["where"] for it in fields(record) if "where" in it.metadata}
-    whole = {
-        key: _tensor(key, value, tensors[key]) if key in tensors else value
-        for key, value in said.items()
-        if key not in placed
-    }
-    for name, mask in placed.items():
-        whole[name] = _scattered(name, said[name], tensors.get(name), whole[mask])
-    return record(**whole)
-
-
-def _scattered(name: str, said: Any, stored: Tensor | None, mask: Any) -> Tensor:
-    """A tensor of which only the values under `mask` were stored."""
-    fits = isinstance(mask, Tensor) and mask.dtype == torch.bool and said == {"masked": list(mask.shape)}
-    if not fits or stored is None or stored.shape != (int(mask.sum()),):
-        raise ValueError(f"{name} has not the values of its mask")
-    return torch.zeros(mask.shape, dtype=stored.dtype).masked_scatter(mask, stored)
-
-
-def _tensor(name: str, said: Mapping[str, Any], stored: Tensor) -> Tensor:
-    [(how, shape)] = said.items()
-    if not (isinstance(shape, list) and len(shape) in (1, 2) and all(type(size) is int and size > 0 for size in shape)):
-        raise ValueError(f"{name} has no shape")
-    if math.prod(shape) > _MAX_ELEMENTS:
-        raise ValueError(f"{name} is larger than any layer")
-    if how == "tensor":
-        if list(stored.shape) != shape:
-            raise ValueError(f"{name} is not of shape {shape!a:.50}")
-        return stored
-    count = math.prod(shape)
-    if how != "bits" or stored.dtype != torch.uint8 or stored.shape != ((count + 7) // 8,):
-        raise ValueError(f"{name} has not the bits of a mask of shape {shape!a:.50}")
-    bits = np.unpackbits(stored.numpy(), bitorder="little", count=count)
-    return torch.from_numpy(bits.view(np.bool_).reshape(shape))
-
-
-def _canonical(said: Any) -> str:
-    return json.dumps(said, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
 def _natural(name: str) -> list[tuple[int, str]]:
