@@ -12,28 +12,32 @@ import hashlib
 import json
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, MutableMapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors import torch as safetensors_torch
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from bakeout.editor.errors import InputError
 from bakeout.editor.model import Model
 from bakeout.editor.sites import Site
 
 PROMPTS_PER_RUN = 4
+LARGEST_SIDE = 2048  # of a picture, in pixels; SDXL's own is 1024
 _LIBRARIES = ("torch", "diffusers", "transformers")
 
 Half = Literal["unconditional", "conditional"]
-# Called with the site, the number of the UNet call, the half of the guidance, and the site's input [prompts, tokens,
-# d_in] in the network's dtype. A text encoder runs once a half, before the UNet; its call is 0.
+SchedulerName = Literal["model", "dpm-solver"]
+# Called with the site, the number of the UNet call, the half of the guidance, and the site's input or output [prompts,
+# tokens, d] in the network's dtype. A text encoder runs once a half, before the UNet; its call is 0.
 Observer: TypeAlias = Callable[[Site, int, Half, Tensor], object]
 # Makes of inputs [prompts, tokens, d_in] something of each prompt, [prompts, ...].
 Reduce: TypeAlias = Callable[[Tensor], Tensor]
@@ -41,24 +45,51 @@ Reduce: TypeAlias = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Sampling:
-    """How pictures are drawn: steps as the scheduler counts them, the scale of guidance, the seed of every prompt."""
+    """How pictures are drawn.
+
+    Attributes:
+        steps: as the scheduler counts them.
+        guidance: the scale of guidance; 1 and below: none.
+        seed: of every prompt.
+        scheduler: the `model`'s own, or `dpm-solver`, DPM-Solver++ on the noise levels of the model's.
+        size: width and height of the pictures in pixels; None is the model's own.
+    """
 
     steps: int
     guidance: float
     seed: int
+    scheduler: SchedulerName = "model"
+    size: tuple[int, int] | None = None
 
 
 class _Enough(Exception):  # noqa: N818 - not an error
     """Leaves a pipeline whose remaining calls nobody needs."""
 
 
-def call_timesteps(pipeline: Any, steps: int) -> tuple[float, ...]:
-    """The time step of every UNet call that `steps` steps of the pipeline's scheduler make; PNDM makes one more.
+class UNetInputs(NamedTuple):
+    """What the UNet is given, of the conditional half only.
+
+    Attributes:
+        sample: [prompts, channels, height, width], latents as the scheduler scales them.
+        timestep: a number.
+        conditions: what it is given by name: tensors [prompts, ...] and tables of such.
+    """
+
+    sample: Tensor
+    timestep: Tensor
+    conditions: Mapping[str, Any]
+
+
+def call_timesteps(pipeline: Any, steps: int, scheduler_name: SchedulerName = "model") -> tuple[float, ...]:
+    """The time step of every UNet call that `steps` steps of a scheduler make; PNDM makes one more.
 
     Raises:
-        InputError: the scheduler cannot take that many steps.
+        InputError: more steps than the model was trained with, or than the scheduler can take.
     """
-    scheduler = _fresh_scheduler(pipeline)
+    scheduler = _fresh_scheduler(pipeline, scheduler_name)
+    trained = scheduler.config.num_train_timesteps
+    if steps > trained:
+        raise InputError(f"steps is {steps}: this model was trained with {trained}, so use at most as many")
     try:
         scheduler.set_timesteps(steps)
     except (ValueError, IndexError) as error:
@@ -66,6 +97,36 @@ def call_timesteps(pipeline: Any, steps: int) -> tuple[float, ...]:
             f"{type(scheduler).__name__} cannot draw in {steps} steps: take more steps or another scheduler"
         ) from error
     return tuple(scheduler.timesteps.tolist())
+
+
+def latent_size(pipeline: Any, size: tuple[int, int] | None) -> tuple[int, int]:
+    """Height and width of the latents for pictures of a width and height in pixels, or of the model's own.
+
+    Raises:
+        InputError: a size that the UNet's levels do not halve evenly, or beyond `LARGEST_SIDE`.
+    """
+    unet, factor = pipeline.unet.config, pipeline.vae_scale_factor
+    if size is None:
+        own = unet.sample_size
+        height, width = (own, own) if isinstance(own, int) else own
+        size = width * factor, height * factor
+    unit = factor * 2 ** (len(unet.block_out_channels) - 1)
+    if any(side % unit or not 0 < side <= LARGEST_SIDE for side in size):
+        most = LARGEST_SIDE // unit
+        width, height = (min(max(round(side / unit), 1), most) * unit for side in size)
+        raise InputError(
+            f"size is {size[0]} x {size[1]}, and this model draws in multiples of {unit} pixels up to {most * unit}: "
+            f"take {width} x {height}"
+        )
+    return size[1] // factor, size[0] // factor
+
+
+def latent_tokens(pipeline: Any, site: Site, latents: tuple[int, int]) -> int:
+    """How many tokens a site of the UNet sees, for latents of a height and width from `latent_size`."""
+    _, side, block, *_ = site.name.split(".")
+    deepest = len(pipeline.unet.config.block_out_channels) - 1
+    level = {"down": int(block), "up": deepest - int(block)}[side] if block.isdigit() else deepest
+    return (latents[0] >> level) * (latents[1] >> level)
 
 
 def observe(
@@ -77,6 +138,7 @@ def observe(
     observer: Observer,
     *,
     calls: int,
+    at: Literal["input", "output"] = "input",
     tick: Callable[[], object] = lambda: None,
 ) -> None:
     """Run up to PROMPTS_PER_RUN prompts through the first `calls` UNet calls, all from the latent of one seed.
@@ -87,15 +149,14 @@ def observe(
     Args:
         model: what the pipeline was loaded from.
         pipeline: a StableDiffusionPipeline or StableDiffusionXLPipeline.
-        sites: where to observe inputs.
+        sites: where to observe.
         prompts: 1 to PROMPTS_PER_RUN texts.
-        sampling: steps, guidance (1 and below: none, only the conditional half is seen) and seed.
+        sampling: how to draw; without guidance only the conditional half is seen.
         observer: called for every site, call and half.
         calls: UNet calls to run; 0 runs the text encoders only.
+        at: whether the inputs or the outputs of the sites are observed.
         tick: called after each call, or once where `calls` is 0.
     """
-    if not 0 < len(prompts) <= PROMPTS_PER_RUN:
-        raise ValueError(f"{len(prompts)} prompts in a run of {PROMPTS_PER_RUN}")
     begun = 0
     text_runs: dict[str, int] = defaultdict(int)
 
@@ -107,40 +168,82 @@ def observe(
             tick()
         begun += 1
 
-    def watch(site: Site) -> Callable[..., None]:
-        def of_unet(_module: object, inputs: tuple[Tensor, ...]) -> None:
-            parts = inputs[0].reshape(-1, PROMPTS_PER_RUN, *inputs[0].shape[1:])
+    def see(site: Site, x: Tensor) -> None:
+        if site.component == "unet":
+            parts = x.reshape(-1, PROMPTS_PER_RUN, *x.shape[1:])
             halves: tuple[Half, ...] = ("unconditional", "conditional")
             for half, part in zip(halves[-len(parts) :], parts, strict=True):
                 observer(site, begun - 1, half, part[: len(prompts)])
-
-        def of_text_encoder(_module: object, inputs: tuple[Tensor, ...]) -> None:
+        else:
             # The pipelines encode the prompts first, then what guidance leads away from.
-            half: Half = "unconditional" if text_runs[site.name] else "conditional"
+            half = "unconditional" if text_runs[site.name] else "conditional"
             text_runs[site.name] += 1
-            observer(site, 0, half, inputs[0][: len(prompts)])
+            observer(site, 0, half, x[: len(prompts)])
 
-        return of_unet if site.component == "unet" else of_text_encoder
+    with ExitStack() as hooks:
+        hooks.enter_context(pipeline.unet.register_forward_pre_hook(before_call))
+        for site in sites:
+            hooks.enter_context(watch(model.module(pipeline, site), at, partial(see, site)))
+        _draw(pipeline, prompts, sampling)
+    tick()
 
+
+def first_inputs(pipeline: Any, prompts: Sequence[str], sampling: Sampling) -> UNetInputs:
+    """What the first UNet call is given for up to PROMPTS_PER_RUN prompts; only the text encoders run."""
+    found: list[UNetInputs] = []
+
+    def take(_unet: object, args: tuple[Any, ...], given: Mapping[str, Any]) -> None:
+        found.append(conditional_inputs(args, given, len(prompts)))
+        raise _Enough
+
+    with pipeline.unet.register_forward_pre_hook(take, with_kwargs=True):
+        _draw(pipeline, prompts, sampling)
+    return found[0]
+
+
+def conditional_inputs(args: tuple[Any, ...], given: Mapping[str, Any], prompts: int) -> UNetInputs:
+    """Of the arguments with which a pipeline calls the UNet in `observe`, those for the first conditional `prompts`."""
+
+    def rows(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {name: rows(it) for name, it in value.items()}
+        return value[-PROMPTS_PER_RUN:][:prompts]
+
+    conditions = {name: rows(it) for name, it in given.items() if isinstance(it, Tensor | Mapping)}
+    return UNetInputs(rows(args[0]), args[1], conditions)
+
+
+def watch(module: torch.nn.Module, at: Literal["input", "output"], see: Callable[[Tensor], object]) -> RemovableHandle:
+    """Have `see` called with the first input, or the output, of every call of a module."""
+
+    def before(_module: object, inputs: tuple[Tensor, ...]) -> None:
+        see(inputs[0])
+
+    def after(_module: object, _inputs: object, output: Tensor) -> None:
+        see(output)
+
+    return module.register_forward_pre_hook(before) if at == "input" else module.register_forward_hook(after)
+
+
+def _draw(pipeline: Any, prompts: Sequence[str], sampling: Sampling) -> None:
+    """Run the pipeline on a full run of prompts, the last one repeated, to its end or to `_Enough`."""
+    if not 0 < len(prompts) <= PROMPTS_PER_RUN:
+        raise ValueError(f"{len(prompts)} prompts in a run of {PROMPTS_PER_RUN}")
     # A copy shares the networks and nothing else: what a call sets on the pipeline stays with the copy.
     own = copy.copy(pipeline)
-    own.scheduler = _fresh_scheduler(pipeline)
+    own.scheduler = _fresh_scheduler(pipeline, sampling.scheduler)
     own.set_progress_bar_config(disable=True)
-    try:
-        with ExitStack() as hooks:
-            hooks.enter_context(pipeline.unet.register_forward_pre_hook(before_call))
-            for site in sites:
-                hooks.enter_context(model.module(pipeline, site).register_forward_pre_hook(watch(site)))
-            own(
-                prompt=[*prompts, *[prompts[-1]] * (PROMPTS_PER_RUN - len(prompts))],
-                generator=[torch.Generator("cpu").manual_seed(sampling.seed) for _ in range(PROMPTS_PER_RUN)],
-                num_inference_steps=sampling.steps,
-                guidance_scale=sampling.guidance,
-                output_type="latent",
-            )
-    except _Enough:
-        pass
-    tick()
+    width, height = sampling.size or (None, None)
+    with suppress(_Enough):
+        own(
+            prompt=[*prompts, *[prompts[-1]] * (PROMPTS_PER_RUN - len(prompts))],
+            generator=[torch.Generator("cpu").manual_seed(sampling.seed) for _ in range(PROMPTS_PER_RUN)],
+            num_inference_steps=sampling.steps,
+            guidance_scale=sampling.guidance,
+            height=height,
+            width=width,
+            output_type="latent",
+        )
 
 
 def sum_over_prompts(
@@ -195,18 +298,18 @@ def sum_over_prompts(
         observe(model, pipeline, sites, texts, sampling, add, calls=calls, tick=tick)
         return sums
 
-    done, totals = (0, {}) if saved is None else _load(saved, pipeline.unet.device)
+    done, totals = (0, {}) if saved is None else load_sums(saved, pipeline.unet.device)
     if done:
         tell(done / len(runs))
     for number, texts in runs[done:]:
         # Whole runs only: one that breaks off leaves no half of itself in the totals.
         sums = sums_of(number, texts)
-        _refuse_unless_finite(sums, pipeline)
+        refuse_unless_finite(sums, pipeline)
         for key, value in sums.items():
             _add(totals, key, value)
         done += 1
         if saved is not None:
-            _save(saved, done, totals)
+            save_sums(saved, done, totals)
 
     def stacked(site: Site, number: int) -> Tensor:
         return torch.stack([totals[_key(number, moment, site)] for moment in range(moments[-1] + 1)])
@@ -243,15 +346,20 @@ def _tokens(tokenizer: Any, texts: list[str]) -> Any:
     return tokenizer(texts, padding="max_length", truncation=True, max_length=tokenizer.model_max_length).input_ids
 
 
-def _fresh_scheduler(pipeline: Any) -> Any:
-    return type(pipeline.scheduler).from_config(pipeline.scheduler.config)
+def _fresh_scheduler(pipeline: Any, name: SchedulerName) -> Any:
+    if name == "model":
+        return type(pipeline.scheduler).from_config(pipeline.scheduler.config)
+    from diffusers import DPMSolverMultistepScheduler
+
+    return DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
 
 
 def _key(number: int, moment: int, site: Site) -> str:
     return f"{number}/{moment}/{site.name}"
 
 
-def _refuse_unless_finite(sums: Mapping[str, Tensor], pipeline: Any) -> None:
+def refuse_unless_finite(sums: Mapping[str, Tensor], pipeline: Any) -> None:
+    """Raise InputError if any of `sums`, whose keys end in the site's name after a slash, is not finite."""
     for key, value in sums.items():
         if not value.isfinite().all():
             narrow = pipeline.unet.dtype in (torch.float16, torch.bfloat16)
@@ -263,8 +371,8 @@ def _add(sums: MutableMapping[str, Tensor], key: str, value: Tensor) -> None:
     sums[key] = sums[key] + value if key in sums else value
 
 
-def _load(path: Path, device: torch.device) -> tuple[int, dict[str, Tensor]]:
-    """How many runs the file holds and their sums; none where it is not there or not whole.
+def load_sums(path: Path, device: torch.device) -> tuple[int, dict[str, Tensor]]:
+    """How many runs a file of `save_sums` holds and their sums; none where it is not there or not whole.
 
     Its time becomes now: whoever looks into the folder sees which calibrations were of use.
     """
@@ -277,7 +385,8 @@ def _load(path: Path, device: torch.device) -> tuple[int, dict[str, Tensor]]:
         return 0, {}
 
 
-def _save(path: Path, runs: int, sums: Mapping[str, Tensor]) -> None:
+def save_sums(path: Path, runs: int, sums: Mapping[str, Tensor]) -> None:
+    """Write the sums of so many runs in place of a file. Raises InputError if it cannot be written."""
     part = path.with_name(f".{path.name}.part")
     content = safetensors_torch.save({key: value.cpu() for key, value in sums.items()}, {"runs": str(runs)})
     try:

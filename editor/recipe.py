@@ -30,6 +30,9 @@ from bakeout.editor.text_files import MAX_NAME, path_inside, read_text, text_fau
 
 # What a bake can write; the first one holds nothing but weights.
 TARGETS = ("diffusers", "onnx")
+# Where a compiled target leaves constant hidden units out, an FFN's width is a multiple of it; 0 keeps all units.
+SHRINKS = (0, 1, 8, 64)
+DEFAULT_SHRINK = 8
 MAX_BYTES = 100_000
 MAX_CONCEPT = 200
 MAX_EDITS = 100
@@ -160,6 +163,8 @@ class Recipe(_Table):
         model: what `open_model` takes; see `source`.
         edits: one for each concept; their order changes nothing.
         targets: what to write, of `TARGETS`; None is left to `written`.
+        shrink: compiled targets leave out hidden units that the edits make constant, so that an FFN's width is a
+            multiple of this; of `SHRINKS`, where 0 keeps all.
         validation: how the artifact is judged.
     """
 
@@ -171,6 +176,11 @@ class Recipe(_Table):
         min_length=1, max_length=MAX_EDITS, description="what to erase: a table [[edits]] for each concept"
     )
     targets: tuple[str, ...] | None = Field(default=None, min_length=1)
+    shrink: int = Field(
+        default=DEFAULT_SHRINK,
+        strict=True,
+        description="the width of FFNs that lose constant hidden units is a multiple of it, 0 keeps all",
+    )
     validation: Validation = Validation()
     _folder: Path = PrivateAttr(default=Path())
 
@@ -199,6 +209,13 @@ class Recipe(_Table):
             raise InputError("a target is named twice; name each once")
         # Their order means nothing, so it does not show in what is baked.
         return tuple(sorted(targets, key=TARGETS.index))
+
+    @field_validator("shrink")
+    @classmethod
+    def _shrink_is_one_of_them(cls, shrink: int) -> int:
+        if shrink not in SHRINKS:
+            raise InputError(f"it is {_told(shrink)}; choose of {', '.join(map(str, SHRINKS))}")
+        return shrink
 
     @property
     def written(self) -> tuple[str, ...]:

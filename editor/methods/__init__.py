@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 METHODS: Mapping[str, str] = {
     "conceptprune": "bakeout.editor.methods.conceptprune",
     "snce": "bakeout.editor.methods.snce",
+    "acterase": "bakeout.editor.methods.acterase",
 }
 
 
@@ -37,6 +38,12 @@ class Method(Protocol):
 
     def unfoldable(self, settings: Any) -> str | None:
         """Why the Edit of these settings cannot be folded into weights, in words after "because"; None if it can."""
+
+    def latents(self, pipeline: Any, settings: Any) -> tuple[int, int] | None:
+        """Height and width of the only latents that the Edit of these settings is for; None if it is for any.
+
+        Raises InputError for settings that do not fit the pipeline.
+        """
 
     def check(self, model: Model, pipeline: Any, settings: Any, *, folder: Path = Path()) -> None:
         """Raise InputError for settings that do not fit the model, as `calibrate` would; runs no network."""

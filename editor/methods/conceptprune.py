@@ -20,6 +20,7 @@ from torch import Tensor
 from bakeout.editor.calibrate import Half, Sampling, call_timesteps, fingerprint, sum_over_prompts
 from bakeout.editor.edit import Edit, Origin, PatchWeightInput
 from bakeout.editor.errors import InputError
+from bakeout.editor.methods.selection import largest
 from bakeout.editor.model import Model
 from bakeout.editor.prompts import Pair, prompts_digest
 
@@ -149,11 +150,7 @@ def skilled_mask(weight: Tensor, target_norm: Tensor, reference_norm: Tensor, sp
     """
     count = _count(sparsity, weight.shape[1], "this layer")
     scores = weight.abs().to(_wide(weight)) * target_norm
-    least = scores.topk(count, dim=1, sorted=False).values.amin(1, keepdim=True)
-    larger, equal = scores > least, scores == least
-    room = count - larger.sum(1, keepdim=True)
-    top = larger | (equal & (equal.cumsum(1, dtype=torch.int32) <= room))
-    return top & (target_norm > reference_norm) & (weight != 0)
+    return largest(scores, count) & (target_norm > reference_norm) & (weight != 0)
 
 
 def union(masks: Iterable[Tensor], vote: float | Fraction = 0.0) -> Tensor:
@@ -176,6 +173,11 @@ def union(masks: Iterable[Tensor], vote: float | Fraction = 0.0) -> Tensor:
 
 def unfoldable(_settings: Settings) -> str | None:
     """See `bakeout.editor.methods.Method`: zeros always fold."""
+    return None
+
+
+def latents(_pipeline: Any, _settings: Settings) -> tuple[int, int] | None:
+    """See `bakeout.editor.methods.Method`: weights are for any size."""
     return None
 
 
@@ -289,9 +291,6 @@ def _moments(pipeline: Any, settings: Settings) -> tuple[int, ...]:
     """Of each UNet call that is needed, the number of its time step; text encoders have one."""
     if settings.site == "text_ffn2":
         return (0,)
-    trained = pipeline.scheduler.config.num_train_timesteps
-    if settings.steps > trained:
-        raise InputError(f"steps is {settings.steps}: this model was trained with {trained}, so use at most as many")
     timesteps = (None, *call_timesteps(pipeline, settings.steps))
     starts = [settings.time_step == "call" or timestep != before for before, timestep in pairwise(timesteps)]
     moments = [number - 1 for number in accumulate(starts)]

@@ -245,6 +245,11 @@ def unfoldable(settings: Settings) -> str | None:
     return None
 
 
+def latents(_pipeline: Any, _settings: Settings) -> tuple[int, int] | None:
+    """See `bakeout.editor.methods.Method`: text encoders see no picture."""
+    return None
+
+
 def check(model: Model, pipeline: Any, settings: Settings, *, folder: Path = Path()) -> None:
     """See `bakeout.editor.methods.Method`; unlike `calibrate`, it also refuses what no artifact may hold.
 

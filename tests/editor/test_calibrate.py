@@ -14,7 +14,17 @@ import torch
 from torch import Tensor
 
 from bakeout.editor import calibrate
-from bakeout.editor.calibrate import PROMPTS_PER_RUN, Sampling, call_timesteps, observe, sum_over_prompts
+from bakeout.editor.calibrate import (
+    PROMPTS_PER_RUN,
+    Sampling,
+    call_timesteps,
+    first_inputs,
+    latent_size,
+    latent_tokens,
+    observe,
+    sum_over_prompts,
+)
+from bakeout.editor.errors import InputError
 from bakeout.editor.model import Model, open_model
 
 SAMPLING = Sampling(steps=5, guidance=7.5, seed=3)
@@ -127,6 +137,102 @@ def test_only_the_calls_that_are_needed_are_made_and_nothing_is_decoded(
         observe(model, pipeline, (), PROMPTS[:1], SAMPLING, lambda *_: None, calls=calls, tick=lambda: ticks.append(1))
         assert (len(made), len(ticks)) == (calls, calls)
     handle.remove()
+
+
+def test_outputs_can_be_seen_in_place_of_inputs(tiny: tuple[Model, Any]) -> None:
+    model, pipeline = tiny
+    sites = model.sites_of("ffn2")
+    seen: dict[str, list[Tensor]] = {"input": [], "output": []}
+    for at, found in seen.items():
+        observe(
+            model, pipeline, sites, PROMPTS[:2], SAMPLING, lambda *it, found=found: found.append(it[3].clone()),
+            calls=1, at=at,
+        )  # fmt: skip
+    modules = [model.module(pipeline, site) for site in sites for _half in range(2)]
+    with torch.no_grad():
+        expected = [module(x) for module, x in zip(modules, seen["input"], strict=True)]
+    for y, right in zip(seen["output"], expected, strict=True):
+        assert torch.allclose(y, right, rtol=1e-12, atol=1e-12)
+    assert not torch.allclose(seen["output"][0], expected[1], rtol=1e-3, atol=1e-3)
+
+
+def test_pictures_are_drawn_at_the_size_and_by_the_scheduler_that_are_asked_for(tiny: tuple[Model, Any]) -> None:
+    model, pipeline = tiny
+    own = copy.copy(pipeline)
+    own.scheduler = diffusers.DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
+    readings = (
+        ("usual", pipeline, {}),
+        ("its own size", pipeline, {"size": (16, 16)}),
+        ("larger", pipeline, {"size": (24, 16)}),
+        ("dpm-solver", pipeline, {"scheduler": "dpm-solver"}),
+        ("made so", own, {}),
+    )
+    found = {
+        name: seen_by((model, chosen), "ffn2", PROMPTS[:1], Sampling(5, 7.5, 3, **given))
+        for name, chosen, given in readings
+    }
+    last = {name: seen[-1][3] for name, seen in found.items()}
+    assert torch.equal(last["usual"], last["its own size"])
+    assert last["larger"].shape[1] == 1.5 * last["usual"].shape[1]
+    assert torch.equal(last["dpm-solver"], last["made so"])
+    assert not torch.allclose(last["dpm-solver"], last["usual"])
+    assert call_timesteps(pipeline, 5, "dpm-solver") == call_timesteps(own, 5) != call_timesteps(pipeline, 5)
+
+
+def test_the_first_inputs_are_those_of_the_first_call_which_is_not_made(
+    tiny: tuple[Model, Any], folders: Callable[[str], Path]
+) -> None:
+    xl = open_model(folders("sdxl"))
+    for model, pipeline in (tiny, (xl, xl.pipeline("cpu", torch.float64))):
+        calls: list[Any] = []
+        with pipeline.unet.register_forward_hook(lambda *it, calls=calls: calls.append(it[1:3]), with_kwargs=True):
+            found = first_inputs(pipeline, PROMPTS[:3], SAMPLING)
+            assert not calls
+            observe(model, pipeline, (), PROMPTS[:3], SAMPLING, lambda *_: None, calls=1)
+        ((sample, timestep), given) = calls[0]
+        conditional = slice(PROMPTS_PER_RUN, PROMPTS_PER_RUN + 3)
+        assert torch.equal(found.sample, sample[conditional])
+        assert float(found.timestep) == float(timestep)
+        context, more = given["encoder_hidden_states"], given["added_cond_kwargs"] or {}
+        assert torch.equal(found.conditions["encoder_hidden_states"], context[conditional])
+        assert set(found.conditions) == {"encoder_hidden_states", *(["added_cond_kwargs"] if more else [])}
+        for name, value in more.items():
+            assert torch.equal(found.conditions["added_cond_kwargs"][name], value[conditional])
+        # The unconditional rows are others.
+        assert not torch.equal(found.conditions["encoder_hidden_states"], context[:3])
+        assert torch.equal(first_inputs(pipeline, PROMPTS[:3], Sampling(5, 1.0, 3)).sample, found.sample)
+
+
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+def test_a_site_sees_as_many_tokens_as_its_level_has(folders: Callable[[str], Path], family: str) -> None:
+    model = open_model(folders(family))
+    pipeline = model.pipeline("cpu", torch.float32)
+    size = (64, 32)
+    height, width = latent_size(pipeline, size)
+    assert (height, width) == (8, 16)
+    sites = [site for kind in ("ffn1", "ffn2", "attn_out") for site in model.sites_of(kind)]
+    seen: dict[str, int] = {}
+
+    def keep(site: Any, _call: int, _half: Any, x: Tensor) -> None:
+        seen[site.name] = x.shape[1]
+
+    observe(model, pipeline, sites, PROMPTS[:1], Sampling(2, 1.0, 0, size=size), keep, calls=1)
+    assert seen == {site.name: latent_tokens(pipeline, site, (height, width)) for site in sites}
+    assert len(set(seen.values())) == (4 if family == "sd1" else 2)
+
+
+def test_the_models_own_size_is_the_usual_one(tiny: tuple[Model, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    _, pipeline = tiny
+    assert latent_size(pipeline, None) == (4, 4)
+    own = copy.copy(pipeline)
+    own.unet = copy.copy(pipeline.unet)
+    own.unet.register_to_config(sample_size=[4, 6])
+    assert latent_size(own, None) == (4, 6)
+    for size, cure in (((24, 20), "24 x 16"), ((0, 8), "8 x 8"), ((8, 2056), "8 x 2048")):
+        with pytest.raises(InputError, match=f"in multiples of 8 pixels up to 2048: take {cure}$"):
+            latent_size(pipeline, size)
+        width, height = map(int, cure.split(" x "))
+        assert latent_size(pipeline, (width, height)) == (height // 4, width // 4)
 
 
 def state_of(pipeline: Any) -> Any:

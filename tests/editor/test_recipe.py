@@ -216,7 +216,8 @@ def test_a_link_that_stays_inside_a_name_is_the_users_own(load, tmp_path):
 MODEL = "shapes, a diffusers folder, a .safetensors checkpoint, or a model's id on the Hugging Face hub"
 OF_THIS = "(the version of recipes that this bakeout reads)"
 VERSION = f"it must be 1 {OF_THIS}"
-KEYS = "version, model, edits, targets, validation"
+KEYS = "version, model, edits, targets, shrink, validation"
+SHRINK = "the width of FFNs that lose constant hidden units is a multiple of it, 0 keeps all"
 EDITS = "what to erase: a table [[edits]] for each concept"
 EDIT_KEYS = "method, concept, profile, prompts, settings"
 PROMPT_KEYS = "pack, file, target, reference, lists"
@@ -248,6 +249,10 @@ PROMPTS = 'where the prompt pairs come from, for example { pack = "style" }'
         ('["diffusers"]', '["diffusers", "onx"]', "targets: there is no target 'onx'; choose of diffusers, onnx"),
         ('["diffusers"]', '["diffusers", "diffusers"]', "targets: a target is named twice; name each once"),
         ('["diffusers"]', "[1]", "targets[0] is 1: it must be text in quotes"),
+        ('["diffusers"]', '["onnx"]\nshrink = 3', "shrink: it is 3; choose of 0, 1, 8, 64"),
+        ('["diffusers"]', '["onnx"]\nshrink = "8"', f"shrink is '8': it must be a valid integer ({SHRINK})"),
+        ('["diffusers"]', '["onnx"]\nshrink = true', f"shrink is true: it must be a valid integer ({SHRINK})"),
+        ('["diffusers"]', '["onnx"]\nshrink = 8.0', f"shrink is 8.0: it must be a valid integer ({SHRINK})"),
         ('"release"', '"slow"', "validation.profile is 'slow': it must be 'quick' or 'release'"),
         (
             'profile = "release"',
@@ -431,6 +436,12 @@ def test_a_new_target_is_one_line(load, monkeypatch):
         load(text)
     monkeypatch.setattr(recipes, "TARGETS", ("diffusers", "fax"))
     assert load(text).targets == ("diffusers", "fax")
+
+
+def test_what_is_shrunk_is_recorded(load):
+    assert load(MINIMAL).model_dump(mode="json")["shrink"] == 8
+    for shrink in (0, 1, 8, 64):
+        assert load(MINIMAL.replace("\n", f"\nshrink = {shrink}\n", 1)).model_dump(mode="json")["shrink"] == shrink
 
 
 def test_the_order_of_targets_means_nothing(load):
