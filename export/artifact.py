@@ -25,6 +25,8 @@ from typing import TYPE_CHECKING, Any, Final, Self
 from bakeout.editor.checkpoint_header import read_header
 from bakeout.editor.errors import InputError, not_installed
 from bakeout.editor.model import Model, open_model
+from bakeout.editor.model_files import read_json
+from bakeout.editor.recipe import DEFAULT_SHRINK, SHRINKS
 from bakeout.export.checkpoint import Plan, places, write_diffusers, write_synced
 from bakeout.export.manifest import (
     FORMAT_VERSION,
@@ -36,6 +38,7 @@ from bakeout.export.manifest import (
     Manifest,
     Onnx,
     Source,
+    Width,
     base_of,
     file_digest,
     read_manifest,
@@ -62,6 +65,7 @@ STALE = "STALE"
 # What a graph's bytes may depend on.
 _EXPORT_TOOLS = ("diffusers", "onnx", "onnx-ir", "torch", "transformers")
 _SPARE = 16_000_000
+_MAX_BLOCKS = 16
 _CHUNK = 1 << 20
 
 
@@ -116,6 +120,23 @@ class Artifact:
         return edit
 
     @cached_property
+    def size(self) -> tuple[int, int] | None:
+        """Width and height, in pixels, of the only pictures that it draws; None is any size that the model can draw.
+
+        Raises InputError if a file that says so is not as it was baked.
+        """
+        latents = self.manifest.validity.latents
+        if latents is None:
+            return None
+        # Each of the VAE's blocks but the last halves a picture.
+        name = f"{ONNX}/vae_decoder/config.json"
+        blocks = read_json(self.folder / name).get("block_out_channels")
+        if not isinstance(blocks, list) or not 1 <= len(blocks) <= _MAX_BLOCKS:
+            raise self._changed(name)
+        factor = 2 ** (len(blocks) - 1)
+        return factor * latents[1], factor * latents[0]
+
+    @cached_property
     def model(self) -> Model:
         """The baked model, opened. Raises InputError, also where there is no diffusers folder."""
         if DIFFUSERS not in self.manifest.targets:
@@ -132,7 +153,8 @@ class Artifact:
     ) -> Any:
         """The pipeline of diffusers with the baked weights, as `Model.pipeline` makes it.
 
-        It refuses every `clip_skip` that reads hidden states before the edit, with InputError while it draws.
+        While it draws it refuses, with InputError, every `clip_skip` that reads hidden states before the edit, and
+        every size but `size`, which is its default.
 
         Args:
             runtime: a key of `RUNTIMES`.
@@ -148,7 +170,7 @@ class Artifact:
             raise InputError(f"{runtime!a:.50} is no runtime; choose from {', '.join(RUNTIMES)}")
         target = RUNTIMES[runtime]
         if target == DIFFUSERS and target not in self.manifest.targets:
-            raise InputError(f"{self._no_diffusers()}, for example with onnxruntime")
+            raise InputError(f"{self._no_diffusers()}; load it with runtime='onnxruntime'")
         if target not in self.manifest.targets:
             command = f"bakeout export {quote(str(self.folder))} --target {target}"
             raise InputError(f"{self.folder} has no {target}/; run `{command}`")
@@ -164,13 +186,15 @@ class Artifact:
             raise InputError("device and dtype are torch's; leave them out, and choose ONNX Runtime's providers")
         from bakeout.export.onnx_pipeline import load_onnx_pipeline
 
-        return load_onnx_pipeline(self.folder / target, sessions, self.manifest.validity.hidden_states)
+        validity = self.manifest.validity
+        return load_onnx_pipeline(self.folder / target, sessions, validity.hidden_states, validity.latents)
 
     def export(
         self,
         target: str,
         *,
         base: Model | None = None,
+        shrink: int | None = None,
         force: bool = False,
         progress: Callable[[float], object] | None = None,
         started: Callable[[str], object] | None = None,
@@ -185,6 +209,8 @@ class Artifact:
         Args:
             target: `onnx`.
             base: the model that was edited; needed, and read, only where there is no `diffusers/`.
+            shrink: hidden units that the edit makes constant are left out, so that an FFN's width is a multiple of
+                this; of `SHRINKS`, where 0 keeps all. None is as the recipe has it.
             force: replace the target where the artifact has it, whole or not.
             progress: called with the part, of one for the whole, that was just written.
             started: called with the name of each graph, before it is traced.
@@ -193,11 +219,13 @@ class Artifact:
             The artifact with the target, opened.
 
         Raises:
-            InputError: another target, or one that is there; a package is missing; the artifact is not as it was baked,
-                holds what bakeout did not write, or has an operator without a form in the target; the disk is full.
+            InputError: another target, or one that is there; another `shrink`, or one that needs the edit where a
+                release left it out; a package is missing; the artifact is not as it was baked, holds what bakeout did
+                not write, or has an operator without a form in the target; the disk is full.
         """
         if target != ONNX:
             raise InputError(f"there is nothing to export to {target!a:.50}; choose {ONNX}")
+        multiple = _shrink(self.manifest, shrink)
         exporter = _onnx_exporter()
         folder = self.folder.expanduser().resolve()
         if why := _not_ours(folder):
@@ -210,10 +238,11 @@ class Artifact:
                     raise InputError(f"{self.folder} has {target}/ already; replace it with --force")
                 current.verify(but=replaced)
                 model, lowered = current._source(base)
+                edit = current._edit_that_shrinks() if multiple else None
                 remaining = None if lowered is None else lowered.remaining
                 _check_room(place.new, self.folder, exporter.size_of_onnx(model, remaining))
                 current._link_into(place.new, leave_out=target)
-                manifest = _with_onnx(place.new, current.manifest, model, lowered, progress, started)
+                manifest = _with_onnx(place.new, current.manifest, model, lowered, edit, multiple, progress, started)
                 write_synced(place.new / MANIFEST, [manifest.to_json()])
                 place.finish()
                 _mark_stale(folder, target)
@@ -236,12 +265,21 @@ class Artifact:
 
         return base, lower_onto(self.edit, base)
 
+    def _edit_that_shrinks(self) -> Edit | None:
+        """The Edit, where its patches may make hidden units constant. Raises InputError if the release left it out."""
+        patched = any(it.operation == "PatchActivation" and it.how == "folded" for it in self.manifest.lowering)
+        if patched and not self._has_edit():
+            raise InputError(
+                f"{self.folder} was released without its {EDIT}, and only that tells what can be left out: put "
+                "that file there, or export with --shrink 0"
+            )
+        return self.edit if patched else None
+
     def _no_diffusers(self) -> str:
+        in_graph = any(it.how == "graph" for it in self.manifest.lowering)
+        why = "its edit is an operation in the graphs, which weights cannot hold" if in_graph else "nobody asked for it"
         targets = " and ".join(f"{target}/" for target in self.manifest.targets)
-        return (
-            f"{self.folder} has no {DIFFUSERS}/, because its edit is an operation in the graph, or nobody asked for "
-            f"that target: draw with what it has, {targets}"
-        )
+        return f"{self.folder} has no {DIFFUSERS}/, because {why}: draw with what it has, {targets}"
 
     def _link_into(self, new: Path, leave_out: str) -> None:
         """Put the artifact's files, but for the manifest and a target, into another folder."""
@@ -391,7 +429,8 @@ def write_artifact(
     if ONNX in targets:
         whole = DIFFUSERS in targets
         model = open_model(place.new / DIFFUSERS) if whole else plan.model
-        manifest = _with_onnx(place.new, manifest, model, None if whole else lowered, progress)
+        shrink = _shrink(manifest, None)
+        manifest = _with_onnx(place.new, manifest, model, None if whole else lowered, edit, shrink, progress)
     write_synced(place.new / MANIFEST, [manifest.to_json()])
     place.finish()
     _mark_stale(place.folder, manifest.targets[0])
@@ -433,17 +472,41 @@ def _with_onnx(
     manifest: Manifest,
     model: Model,
     lowered: Lowered | None,
+    edit: Edit | None,
+    shrink: int,
     progress: Callable[[float], object] | None,
     started: Callable[[str], object] | None = None,
 ) -> Manifest:
-    """Write `onnx/` of the model, with what is still to be changed of it; the manifest with it."""
+    """Write `onnx/` of the model, with what is still to be changed of it; the manifest with it.
+
+    `edit` says which hidden units are constant, as far as `shrink` lets them go; None says that none is.
+    """
+    from bakeout.export.shrink import kept_units
+
     exporter = _onnx_exporter()
     changes = {} if lowered is None else {"changed": lowered.state, "remaining": lowered.remaining}
-    exporter.write_onnx(model, new / ONNX, progress, started, **changes)
-    how = Onnx(opset=exporter.OPSET, precision="fp32", tools={name: version(name) for name in _EXPORT_TOOLS})
+    sites = {site.name: site for site in model.sites}
+    kept = {} if edit is None else kept_units(edit, sites, shrink)
+    exporter.write_onnx(model, new / ONNX, progress, started, kept=kept, **changes)
+    how = Onnx(
+        opset=exporter.OPSET,
+        precision="fp32",
+        shrink=shrink,
+        widths={name: Width(kept=len(units), of=sites[name].d_in) for name, units in kept.items()},
+        tools={name: version(name) for name in _EXPORT_TOOLS},
+    )
     others = {name: file for name, file in manifest.files.items() if not name.startswith(f"{ONNX}/")}
     targets = tuple(target for target in TARGETS if target == ONNX or target in manifest.targets)
     return manifest.model_copy(update={"targets": targets, "files": {**others, **_files(new, ONNX)}, "onnx": how})
+
+
+def _shrink(manifest: Manifest, given: object) -> int:
+    """What was given, or what the recipe had. Raises InputError for none of `SHRINKS`."""
+    shrink = manifest.recipe.get("shrink", DEFAULT_SHRINK) if given is None else given
+    # To Python true equals 1, and so does 1.0.
+    if type(shrink) is not int or shrink not in SHRINKS:
+        raise InputError(f"shrink is {shrink!a:.50}; choose of {', '.join(map(str, SHRINKS))}")
+    return shrink
 
 
 def _files(new: Path, target: str) -> dict[str, File]:

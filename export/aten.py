@@ -21,6 +21,8 @@ from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from bakeout.editor.errors import InputError
+from bakeout.export import custom_ops
+from bakeout.kernels import ops as _registered  # noqa: F401
 
 DTYPES: Mapping[torch.dtype, ir.DataType] = {
     torch.float32: ir.DataType.FLOAT,
@@ -68,8 +70,9 @@ def graph_from_program(program: ExportedProgram, names: Mapping[str, str], opset
             writer.write(node)
     (returned,) = program.graph.find_nodes(op="output")
     outputs = [_typed(writer.known[node], node.meta["val"]) for node in returned.args[0]]
+    opsets = {"": opset, **{domain: version for domain, version in writer.tape.used_opsets if version is not None}}
     return ir.Graph(
-        inputs, outputs, nodes=writer.tape.nodes, opset_imports={"": opset}, name="main",
+        inputs, outputs, nodes=writer.tape.nodes, opset_imports=opsets, name="main",
         initializers=[*writer.parameters, *writer.tape.initializers],
     )  # fmt: skip
 
@@ -325,6 +328,12 @@ def _attention(
     return w.op("MatMul", w.op("Softmax", scores, axis=-1), v)
 
 
+def _masked_geglu(w: _Writer, proj: ir.Value, mask: _Argument, value: _Argument) -> ir.Value:
+    given = [proj, w.value(mask), w.value(value)]
+    name, domain, version = custom_ops.MASKED_GEGLU, custom_ops.DOMAIN, custom_ops.VERSION
+    return w.tape.op(name, given, custom_ops.PLUGIN, domain=domain, version=version)
+
+
 def _embedding(w: _Writer, weight: ir.Value, index: _Argument, *_gradients: object) -> ir.Value:
     return w.op("Gather", weight, index)
 
@@ -435,7 +444,23 @@ def _index(w: _Writer, x: ir.Value, indices: Sequence[ir.Value]) -> ir.Value:
     return w.op("GatherND", x, w.op("Concat", *columns, axis=-1))
 
 
+def _scatter(w: _Writer, x: _Argument, axis: int, index: ir.Value, source: _Argument) -> ir.Value:
+    """Into a vector of one value, which may be as large as a layer, so that only its length is written."""
+    if not isinstance(x, torch.Tensor) or x.ndim != 1 or axis != 0 or bool((x != x[0]).any()):
+        raise TypeError("not into a vector of one value")
+    if not isinstance(source, ir.Value):
+        source = _filled(w, w.shape(2)[0], torch.tensor([source], dtype=x.dtype))
+    return w.op("ScatterND", _filled(w, len(x), x[:1]), w.op("Unsqueeze", index, w.integers(-1)), source)
+
+
+def _filled(w: _Writer, length: Any, value: torch.Tensor) -> ir.Value:
+    if not _static(length):
+        raise TypeError("its length depends on the inputs")
+    return w.op("ConstantOfShape", w.integers(length), value=ir.tensor(value.numpy()))
+
+
 _aten = torch.ops.aten
+_own = torch.ops.bakeout
 _OPERATORS: Mapping[object, Callable[..., _Argument]] = {
     operator.getitem: lambda _, values, place: values[place],
     operator.mul: _integer_product,
@@ -480,6 +505,8 @@ _OPERATORS: Mapping[object, Callable[..., _Argument]] = {
     _aten.reshape.default: _reshape,
     _aten.scaled_dot_product_attention.default: _attention,
     _aten.sigmoid.default: partial(_unary, "Sigmoid"),
+    _aten.scatter.src: _scatter,
+    _aten.scatter.value: _scatter,
     _aten.silu.default: _silu,
     _aten.sin.default: partial(_unary, "Sin"),
     _aten.slice.Tensor: _slice,
@@ -497,4 +524,5 @@ _OPERATORS: Mapping[object, Callable[..., _Argument]] = {
     _aten.upsample_nearest2d.vec: _upsample,
     _aten.view.default: _reshape,
     _aten.where.self: _where,
+    _own.masked_geglu.default: _masked_geglu,
 }

@@ -37,9 +37,13 @@ from bakeout.editor.edit import (
 from bakeout.editor.errors import InputError
 from bakeout.editor.model import Model
 from bakeout.editor.sites import Site
+from bakeout.export.patch import is_in_geglu
 from bakeout.export.steer import gate_of
 
 State = Mapping[str, Mapping[str, Tensor]]
+# In a graph: place and value of what is patched; mask and value of everything.
+_PATCHED_BYTES = 8 + 4
+_EXPANDED_BYTES = 1 + 4
 _FOLDABLE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -167,8 +171,10 @@ def _why_not_alone(operation: Operation, linear: Site) -> str | None:
     """Why the operation does not fold, were it alone; None if it does."""
     if isinstance(operation, SteerLatents):
         return "what it takes out depends on the activation"
-    if isinstance(operation, ShiftActivation) and operation.rows != "all":
+    if isinstance(operation, ShiftActivation | PatchActivation) and operation.rows != "all":
         return f"it skips the rows of {'empty' if operation.rows == 'prompted' else 'negative'} prompts"
+    if isinstance(operation, PatchActivation) and operation.calls is not None:
+        return "it acts in some calls of the UNet only"
     constant = operation.value if isinstance(operation, ShiftActivation) else operation.mask
     if constant.ndim == 2 and not isinstance(operation, PatchWeightInput):
         return "it differs from token to token"
@@ -186,6 +192,8 @@ def _why_not_first(operation: Operation, staying: Sequence[Operation]) -> str | 
     for other in staying:
         if isinstance(operation, PatchActivation) and operation.at == "input" and isinstance(other, PatchWeightInput):
             return "weights at its site stay in the graph, and would be zero there"
+        if isinstance(operation, PatchActivation) and isinstance(other, PatchActivation) and operation.at == other.at:
+            return f"with another patch of {other.site}'s {other.at}, which stays in the graph, it gives a mean"
         if isinstance(operation, ShiftActivation):
             if isinstance(other, PatchActivation) and other.at == "output" and _overlap(operation, other):
                 return f"the patch of {other.site}'s output, which stays in the graph, would overwrite it"
@@ -197,7 +205,14 @@ def _why_not_first(operation: Operation, staying: Sequence[Operation]) -> str | 
 def _cost(operation: Operation, kept: Sequence[Operation], sites: Mapping[str, Site]) -> str:
     """What an operation costs in the graph; `kept` are all that stay at its Linear or the layer around it."""
     site = _site(sites, operation.site)
-    if isinstance(operation, PatchWeightInput | PatchActivation) or not site.component.startswith("text_encoder"):
+    if isinstance(operation, PatchActivation):
+        if operation.rows != "all" or operation.calls is not None:
+            return "not known: no graph can hold it"
+        how = "MaskedGeglu in place of GEGLU" if is_in_geglu(operation, site) else "one more Where"
+        stored = _PATCHED_BYTES * int(operation.mask.sum())
+        expanded = _EXPANDED_BYTES * operation.mask.numel()
+        return f"{how}, {_size(stored)} of constants on disk, {_size(expanded)} in memory"
+    if isinstance(operation, PatchWeightInput) or not site.component.startswith("text_encoder"):
         return "not known: no graph can hold it yet"
     rows = ", the test for empty prompts" if operation.rows == "prompted" else ""
     if isinstance(operation, ShiftActivation):
@@ -213,7 +228,12 @@ def _cost(operation: Operation, kept: Sequence[Operation], sites: Mapping[str, S
     products = ((latents if gated else count) + count) * site.d_out
     share = products / _products(sites, site.component)
     gate = ("the rank test" if gate_of(operation) == "rank" else "TopK") if gated else "no gate"
-    return f"{share:.1%} more multiply-adds a token, {4e-6 * products:.1f} MB of constants, {gate}{rows}"
+    return f"{share:.1%} more multiply-adds a token, {_size(4 * products)} of constants, {gate}{rows}"
+
+
+def _size(count: int) -> str:
+    """A number of bytes in words."""
+    return f"{1e-6 * count:.1f} MB" if count >= 1e6 else f"{1e-3 * count:.1f} kB"
 
 
 def _products(sites: Mapping[str, Site], component: str) -> int:

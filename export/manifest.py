@@ -18,6 +18,7 @@ from bakeout.editor.checkpoint_header import StoredTensor
 from bakeout.editor.errors import InputError
 from bakeout.editor.model import Component, Model
 from bakeout.editor.model_files import read_json
+from bakeout.editor.recipe import SHRINKS
 from bakeout.export.checkpoint import read_tensor
 
 if TYPE_CHECKING:
@@ -33,6 +34,12 @@ def _printable(text: str) -> str:
     return text
 
 
+def _one_of_shrinks(shrink: int) -> int:
+    if shrink not in SHRINKS:
+        raise ValueError(f"it is none of {', '.join(map(str, SHRINKS))}")
+    return shrink
+
+
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 # Printed as they stand, so without what moves a terminal's cursor, breaks a line or turns the direction of writing.
 Text = Annotated[str, Field(max_length=2000), AfterValidator(_printable)]
@@ -41,6 +48,8 @@ Name = Annotated[Text, Field(min_length=1)]
 FileName = Annotated[Text, Field(pattern=r"^(diffusers|onnx)(/[\w-][\w.-]*){1,2}$", max_length=300)]
 WeightsName = Annotated[FileName, Field(pattern=r"^diffusers/")]
 _TEXT_SITE = re.compile(r"(?P<component>text_encoder\w*)\.layer\.(?P<layer>\d+)")
+# Of latents: a side of 32,768 pixels in Stable Diffusion.
+_MAX_SIDE = 4096
 # As an operation's site is checked in `bakeout.editor.edit`, which imports torch.
 SiteName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*$", max_length=2000)]
 
@@ -107,25 +116,38 @@ class Lowering(_Record):
         return self
 
 
+class Resolution(_Record):
+    """The only latents that the UNet of an artifact takes."""
+
+    latent_height: Annotated[int, Field(ge=1, le=_MAX_SIDE)]
+    latent_width: Annotated[int, Field(ge=1, le=_MAX_SIDE)]
+
+
 class Validity(_Record):
     """Where the artifact does what the method does, and what weakens, undoes or reveals the edit.
 
     Attributes:
-        resolutions: of pictures.
+        resolutions: of pictures: any that the model can draw, or one.
         schedules: of denoising steps.
         hidden_states: of each edited text encoder, the first hidden state that the whole edit reaches; those before it
             are ways around it.
-        limits: where the method itself may be weaker.
+        limits: where the method itself may be weaker, and where the artifact draws nothing.
         bypasses: what undoes the edit.
         reveals: what the artifact tells of it.
     """
 
-    resolutions: Literal["any"]
+    resolutions: Literal["any"] | Resolution
     schedules: Literal["any"]
     hidden_states: dict[Name, Annotated[int, Field(ge=1)]]
     limits: tuple[Text, ...]
     bypasses: tuple[Text, ...]
     reveals: Text
+
+    @property
+    def latents(self) -> tuple[int, int] | None:
+        """Height and width of the only latents that the UNet takes; None is any."""
+        at = self.resolutions
+        return None if at == "any" else (at.latent_height, at.latent_width)
 
 
 class File(_Record):
@@ -135,12 +157,41 @@ class File(_Record):
     sha256: Sha256
 
 
+class Width(_Record):
+    """How many of an FFN's hidden units a compiled target has, and how many the base."""
+
+    kept: Annotated[int, Field(ge=1)]
+    of: Annotated[int, Field(ge=1)]
+
+    @model_validator(mode="after")
+    def _is_smaller(self) -> Self:
+        if self.kept >= self.of:
+            raise ValueError("it keeps what there is")
+        return self
+
+
 class Onnx(_Record):
-    """What `onnx/` was written with: ONNX's opset, the weights' precision, and versions."""
+    """What `onnx/` was written with: ONNX's opset, the weights' precision, and versions.
+
+    Attributes:
+        opset: of ONNX.
+        precision: of the weights.
+        shrink: of what the width of an FFN that lost constant hidden units is a multiple; 0 where none may go.
+        widths: of the FFNs that lost some, by the site of their FFN-2.
+        tools: versions.
+    """
 
     opset: Annotated[int, Field(ge=1)]
     precision: Literal["fp32"]
+    shrink: Annotated[int, AfterValidator(_one_of_shrinks)]
+    widths: dict[SiteName, Width]
     tools: dict[Name, Text]
+
+    @model_validator(mode="after")
+    def _has_widths_that_fit(self) -> Self:
+        if any(self.shrink == 0 or width.kept % self.shrink for width in self.widths.values()):
+            raise ValueError("it has an FFN of another width than it says")
+        return self
 
 
 class Manifest(_Record):
@@ -186,6 +237,8 @@ class Manifest(_Record):
             raise ValueError("its targets are not those of its files")
         if "diffusers" not in self.targets and (self.edited or self.precision):
             raise ValueError("it tells of weights that it does not have")
+        if "diffusers" in self.targets and self.validity.latents is not None:
+            raise ValueError("it is for latents of one size, and its diffusers folder draws any")
         if (
             not self.targets
             or len(set(self.targets)) < len(self.targets)
@@ -234,25 +287,50 @@ def base_of(model: Model, source: str) -> Base:
 
 
 def validity_of(edit: Edit, model: Model) -> Validity:
-    """What holds for an edit that was baked into `model`."""
+    """What holds for an edit that was baked into `model`. Raises InputError if it is for latents of several sizes."""
     operations = [(type(it).__name__, it) for it in edit.operations]
+    masks = [it.mask for kind, it in operations if kind == "PatchActivation"]  # type: ignore[union-attr]
     pruned = any(kind == "PatchWeightInput" for kind, _ in operations)
+    of_features, of_tokens = (any(mask.ndim == dimensions for mask in masks) for dimensions in (1, 2))
+    latents = latents_of(edit)
     states = first_states(edit)
+    limits = [limit for kind, it in operations if (limit := _limit(kind, it))]
     bypasses = ["training the model further, or merging its weights with those of others (a checkpoint, a dense LoRA)"]
+    reveals = []
+    if latents is not None:
+        height, width = latents
+        limits.append(f"latents of any other size than {width}x{height} (width x height) are refused")
     if pruned:
+        reveals.append("zeros at known places tell what was pruned (arXiv 2603.06640)")
+    if of_features:
+        reveals.append(
+            "rows or columns of zeros, or their absence from a smaller graph, tell which features are constant"
+        )
+    if pruned or of_features:
         bypasses.append("quantising the weights with a zero point, which keeps no zero")
+    if of_tokens:
+        reveals.append("constants in the graph tell which features are constant at which tokens, and their values")
+        bypasses.append("taking the constants out of the graph, where the weights around them are the base's")
     if states:
         bypasses.append("a text encoder from elsewhere, as some programs bring along, or given prompt embeddings")
     bypasses += [_around(model, component, first) for component, first in states.items()]
-    zeros = "zeros at known places tell what was pruned (arXiv 2603.06640), and " if pruned else ""
     return Validity(
-        resolutions="any",
+        resolutions="any" if latents is None else Resolution(latent_height=latents[0], latent_width=latents[1]),
         schedules="any",
         hidden_states=states,
-        limits=tuple(dict.fromkeys(limit for kind, it in operations if (limit := _limit(kind, it)))),
+        limits=tuple(dict.fromkeys(limits)),
         bypasses=tuple(bypasses),
-        reveals=f"{zeros}whoever has the base and this model can take the difference",
+        reveals=", and ".join([*reveals, "whoever has the base and this model can take the difference"]),
     )
+
+
+def latents_of(edit: Edit) -> tuple[int, int] | None:
+    """Height and width of the only latents that `edit` is for; None is any. Raises InputError for several sizes."""
+    sizes = {size for it in edit.operations if (size := getattr(it, "latents", None)) is not None}
+    if len(sizes) > 1:
+        listed = " and ".join(f"{width}x{height}" for height, width in sorted(sizes))
+        raise InputError(f"the edits are for latents of {listed}; calibrate all of them at one picture size")
+    return next(iter(sizes), None)
 
 
 def first_states(edit: Edit) -> dict[str, int]:

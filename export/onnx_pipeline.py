@@ -39,6 +39,7 @@ from bakeout.editor.folder import scheduler_part, tokenizer_part
 from bakeout.editor.model_files import read_json
 from bakeout.editor.pipeline import make_pipeline
 from bakeout.export.hidden_states import guard
+from bakeout.export.one_size import check_static, hold_to
 
 GRAPH = "model.onnx"
 EXPORT_AGAIN = "export the model again"
@@ -263,7 +264,10 @@ class OnnxVae(_Network):
 
 
 def load_onnx_pipeline(
-    folder: Path, settings: SessionSettings | None = None, first_states: Mapping[str, int] = {}
+    folder: Path,
+    settings: SessionSettings | None = None,
+    first_states: Mapping[str, int] = {},
+    latents: tuple[int, int] | None = None,
 ) -> Any:
     """The text-to-image pipeline of diffusers for the folder's family, running in ONNX Runtime.
 
@@ -274,9 +278,11 @@ def load_onnx_pipeline(
         folder: in the directory contract.
         settings: of every session; by default one on the CPU.
         first_states: of each edited text encoder, the first hidden state that the edit reaches; see `guard`.
+        latents: height and width of the only latents that the edit is for; see `hold_to`. None is any.
 
     Raises:
-        InputError: ONNX Runtime or a provider is not installed, or the folder is not whole, or has no such encoder.
+        InputError: ONNX Runtime or a provider is not installed, or the folder is not whole, has no such encoder, or has
+            a UNet for latents of another size.
     """
     settings = settings or SessionSettings()
     _check_providers(settings)
@@ -300,7 +306,8 @@ def load_onnx_pipeline(
         for name, config in text.items()
     }
     unet_inputs = ("sample", "timestep", "encoder_hidden_states", *added)
-    networks["unet"] = OnnxUNet(graph("unet", unet_inputs, ("out_sample",)), unet)
+    networks["unet"] = network = OnnxUNet(graph("unet", unet_inputs, ("out_sample",)), unet)
+    check_static(network.graph.path, network.graph.inputs["sample"].shape, latents)
     networks["vae"] = OnnxVae(
         graph("vae_encoder", ("sample",), ("latent_parameters",)),
         graph("vae_decoder", ("latent_sample",), ("sample",)),
@@ -308,6 +315,8 @@ def load_onnx_pipeline(
     )
     pipeline = make_pipeline(networks, parts, index, family)
     guard(pipeline, first_states)
+    if latents is not None:
+        hold_to(pipeline, latents)
     return pipeline
 
 

@@ -17,7 +17,7 @@ An autoencoder whose k is all of its latents needs neither, and only the rows of
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Literal, cast
 
 import torch
@@ -25,11 +25,22 @@ from torch import Tensor
 from torch.nn import Module, ModuleList, Parameter, ParameterDict
 from torch.nn import functional as F
 
-from bakeout.editor.edit import Edit, InputNorm, Operation, Rows, ShiftActivation, SteerLatents, check_fits, merge
+from bakeout.editor.edit import (
+    Edit,
+    InputNorm,
+    Operation,
+    PatchActivation,
+    Rows,
+    ShiftActivation,
+    SteerLatents,
+    check_fits,
+    merge,
+)
 from bakeout.editor.errors import InputError
 from bakeout.editor.model import Model
 from bakeout.editor.pipeline import load_tokenizer
 from bakeout.editor.sites import Site
+from bakeout.export.patch import SitePatch, constant, prompt_tokens
 
 Gate = Literal["rank", "topk"]
 # Up to as many neurons the rank test is no slower in ONNX Runtime on a CPU; see benchmarks/text_encoder.py. It leaves
@@ -75,17 +86,22 @@ class SiteEdit(Module):
         """
         super().__init__()
         self.site = site
-        self.tokens = next(iter(_lengths(operations)), None)
+        self.tokens = next((tokens for it in operations for tokens in _lengths(site, it)), None)
         shifts: dict[str, list[ShiftActivation]] = defaultdict(list)
         for it in operations:
             if isinstance(it, ShiftActivation):
                 shifts[it.rows].append(it)
-        self.shift = ParameterDict({rows: _constant(site, _sum(found), dtype) for rows, found in shifts.items()})
+        self.shift = ParameterDict({rows: constant(site, _sum(found), dtype) for rows, found in shifts.items()})
         steered = [it for it in operations if isinstance(it, SteerLatents)]
         self.latents = ModuleList(Latents(it, site, dtype, gate or gate_of(it)) for it in steered)
         self._rows = tuple(it.rows for it in steered)
         if blank is not None:
             self.blank = Parameter(blank, requires_grad=False)
+
+    @property
+    def name(self) -> tuple[str, ...]:
+        """What its constants and nodes are named by."""
+        return (self.site.name,)
 
     def forward(self, y: Tensor, input_ids: Tensor) -> Tensor:
         """y" of y [batch, tokens, d] and the text encoder's input_ids, int64 [batch, tokens]."""
@@ -123,11 +139,11 @@ class Latents(Module):
         super().__init__()
         everything = operation.k == len(operation.encoder)
         taken = operation.neurons if everything else slice(None)
-        self.encoder = _constant(site, operation.encoder[taken], dtype)
-        self.encoder_bias = _constant(site, operation.encoder_bias[taken], dtype)
-        self.center = _constant(site, operation.center, dtype)
-        self.directions = _constant(site, operation.directions, dtype)
-        self.strengths = _constant(site, operation.strengths, dtype)
+        self.encoder = constant(site, operation.encoder[taken], dtype)
+        self.encoder_bias = constant(site, operation.encoder_bias[taken], dtype)
+        self.center = constant(site, operation.center, dtype)
+        self.directions = constant(site, operation.directions, dtype)
+        self.strengths = constant(site, operation.strengths, dtype)
         if not everything:
             self.neurons = Parameter(operation.neurons, requires_grad=False)
         self._k = operation.k
@@ -147,8 +163,8 @@ class Latents(Module):
         return taken if scale is None else taken * scale
 
 
-def edits_of(edit: Edit, model: Model, gate: Gate | None = None) -> dict[str, list[SiteEdit]]:
-    """The sites' modules of each component, for the operations that did not fold.
+def edits_of(edit: Edit, model: Model, gate: Gate | None = None) -> dict[str, list[SiteEdit | SitePatch]]:
+    """The modules of each component, for the operations that did not fold, patches after the rest.
 
     Args:
         edit: what did not fold.
@@ -158,22 +174,24 @@ def edits_of(edit: Edit, model: Model, gate: Gate | None = None) -> dict[str, li
     Raises:
         InputError: an operation has no form in a graph, the Edit is of another model, or see `SiteEdit`.
     """
-    by_site: dict[Site, list[ShiftActivation | SteerLatents]] = defaultdict(list)
+    by_component: dict[str, list[tuple[Site, Operation]]] = defaultdict(list)
     for operation in merge([edit]).operations:
         site = model.site(operation.site)
-        by_site[site].append(_exportable(operation, site))
-    for component in {site.component for site in by_site}:
-        together = [it for site, operations in by_site.items() if site.component == component for it in operations]
-        if len(lengths := sorted(_lengths(together))) > 1:
-            raise InputError(
-                f"the Edit of the {component} is for {' and for '.join(map(str, lengths))} tokens; calibrate all of it "
-                "at one prompt length"
-            )
-    made: dict[str, list[SiteEdit]] = defaultdict(list)
-    for site, operations in by_site.items():
-        blank = _blank(model, site) if any(it.rows == "prompted" for it in operations) else None
-        made[site.component].append(SiteEdit(site, operations, blank, gate=gate))
-    return dict(made)
+        check_fits(operation, site)
+        by_component[site.component].append((site, operation))
+    made: dict[str, list[SiteEdit | SitePatch]] = {}
+    for component, placed in by_component.items():
+        _check_one_size(component, placed)
+        by_site: dict[Site, list[ShiftActivation | SteerLatents]] = defaultdict(list)
+        for site, operation in placed:
+            if not isinstance(operation, PatchActivation):
+                by_site[site].append(_exportable(operation, site))
+        made[component] = [
+            *(SiteEdit(site, operations, _blank(model, site, operations), gate=gate)
+              for site, operations in by_site.items()),
+            *(SitePatch(it, site) for site, it in placed if isinstance(it, PatchActivation)),
+        ]  # fmt: skip
+    return made
 
 
 def gate_of(operation: SteerLatents) -> Gate:
@@ -182,7 +200,6 @@ def gate_of(operation: SteerLatents) -> Gate:
 
 
 def _exportable(operation: Operation, site: Site) -> ShiftActivation | SteerLatents:
-    check_fits(operation, site)
     if not isinstance(operation, ShiftActivation | SteerLatents) or not site.component.startswith("text_encoder"):
         raise InputError(
             f"{type(operation).__name__} at {site.name} does not fold into the weights, and no graph can hold it yet; "
@@ -196,27 +213,38 @@ def _exportable(operation: Operation, site: Site) -> ShiftActivation | SteerLate
     return operation
 
 
-def _blank(model: Model, site: Site) -> Tensor:
+def _check_one_size(component: str, placed: Sequence[tuple[Site, Operation]]) -> None:
+    lengths = sorted(set().union(*(_lengths(site, it) for site, it in placed)))
+    if len(lengths) > 1:
+        raise InputError(
+            f"the Edit of the {component} is for {' and for '.join(map(str, lengths))} tokens; calibrate all of it "
+            "at one prompt length"
+        )
+    sizes = sorted({it.latents for _, it in placed if isinstance(it, PatchActivation) and it.latents is not None})
+    if len(sizes) > 1:
+        listed = " and for ".join(f"{width}x{height}" for height, width in sizes)
+        raise InputError(
+            f"the Edit of the {component} is for latents of {listed}; calibrate all of it at one picture size"
+        )
+
+
+def _lengths(site: Site, operation: Operation) -> set[int]:
+    """The only number of tokens of a prompt that the operation is valid for; nothing if it is valid for any."""
+    if isinstance(operation, ShiftActivation) and operation.value.ndim == 2:
+        return {len(operation.value)}
+    tokens = prompt_tokens(operation, site) if isinstance(operation, PatchActivation) else None
+    return set() if tokens is None else {tokens}
+
+
+def _blank(model: Model, site: Site, operations: Sequence[ShiftActivation | SteerLatents]) -> Tensor | None:
+    if not any(it.rows == "prompted" for it in operations):
+        return None
     tokenizer = load_tokenizer(model.parts[site.component.replace("text_encoder", "tokenizer")])
     return torch.tensor(sorted({tokenizer.eos_token_id, tokenizer.pad_token_id}))
 
 
-def _lengths(operations: Iterable[Operation]) -> set[int]:
-    """The numbers of tokens that shifts are for."""
-    return {len(it.value) for it in operations if isinstance(it, ShiftActivation) and it.value.ndim == 2}
-
-
 def _sum(shifts: Sequence[ShiftActivation]) -> Tensor:
     return cast(Tensor, sum(it.value.double() for it in shifts))
-
-
-def _constant(site: Site, value: Tensor, dtype: torch.dtype) -> Parameter:
-    rounded = value.detach().to("cpu", dtype).contiguous()
-    if not rounded.isfinite().all():
-        raise InputError(
-            f"a value of the Edit at {site.name} is beyond what {dtype} holds; make the edit weaker or check its source"
-        )
-    return Parameter(rounded, requires_grad=False)
 
 
 def _normed(norm: InputNorm, y: Tensor) -> tuple[Tensor, Tensor | None]:

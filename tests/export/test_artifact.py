@@ -459,9 +459,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> Callable[[Written], None]:
         **changes: Any,
     ) -> None:
         (folder / "unet").mkdir(parents=True)
-        told = "".join(
-            f"{name}: {len(changes[name])}" if name == "changed" else changes[name].digest for name in changes
-        )
+        told = "".join(it.digest if isinstance(it, Edit) else f"{name}: {len(it)}" for name, it in changes.items())
         source = model.components["unet"].files[0].read_bytes()[::-1]
         (folder / "unet" / "model.onnx").write_bytes(source + told.encode())
         (folder / "model_index.json").write_text("{}")
@@ -621,7 +619,7 @@ def test_an_artifact_with_something_else_in_it_is_not_exported(copy: Path, quick
 def test_an_export_that_fails_leaves_the_artifact_as_it_was(
     copy: Path, tmp_path: Path, quick: Any, error: BaseException
 ) -> None:
-    def fail(_: Model, folder: Path, *_more: object) -> None:
+    def fail(_: Model, folder: Path, *_more: object, **_changes: object) -> None:
         folder.mkdir()
         (folder / "model_index.json").touch()
         raise error

@@ -19,6 +19,8 @@ from torch.nn import functional as F
 from bakeout.editor.errors import InputError
 from bakeout.export import aten
 from bakeout.export.aten import graph_from_program
+from bakeout.export.custom_ops import functions_of
+from bakeout.kernels.ops import masked_geglu
 
 OPSET = 20
 
@@ -51,7 +53,7 @@ def translated(program: ExportedProgram) -> ir.Model:
     graph = graph_from_program(program, {name: f"stored.{name}" for name in program.state_dict}, OPSET)
     for name, parameter in program.state_dict.items():
         graph.initializers[f"stored.{name}"].const_value = ir.tensor(parameter.numpy())
-    return ir.Model(graph, ir_version=10)
+    return ir.Model(graph, ir_version=10, functions=functions_of(graph))
 
 
 def computed(model: ir.Model, *inputs: Tensor) -> list[Tensor]:
@@ -187,6 +189,17 @@ CASES: dict[str, tuple[Callable[..., Any], list[Tensor], list[Tensor]]] = {
         lambda p, x: (x.index_select(-1, p.places[1:3]), x.index_select(0, x.argmax(1))),
         [random(4, 4)], [random(5, 5)],
     ),
+    "scatter": (
+        lambda p, x: (
+            x + torch.zeros(9).scatter(0, p.first.argmax(0), 1.0),
+            x + torch.full((9,), 0.5).scatter(0, p.places[2:8], p.second),
+        ),
+        [random(2, 9)], [random(5, 9)],
+    ),
+    "masked_geglu": (
+        lambda p, x: masked_geglu(F.linear(x, p.first), p.second[:3] < 0, p.second[3:]),
+        [random(2, 3, 4)], [random(1, 5, 4)],
+    ),
     "topk": (lambda p, x: tuple(x.topk(2, dim=-1)), [random(4, 5)], [random(2, 3, 9)[0]]),
     "other dtypes": (
         lambda p, x: (x.to(torch.float16), (x * 4).to("cpu", torch.int32), x.to(p.first.device)),
@@ -291,6 +304,13 @@ def test_nothing_of_the_source_is_in_the_graph() -> None:
         (lambda p, x: x * x.shape[0], "aten.mul.Tensor"),
         (lambda p, x: x[:, torch.tensor([0, 1])], "aten.index.Tensor"),
         (lambda p, x: x.int() & x.int(), "aten.__and__.Tensor"),
+        (lambda p, x: x.flatten().scatter(0, p.places[:6], p.second), "aten.scatter.src"),
+        (lambda p, x: torch.arange(6.0).scatter(0, p.places[:6], p.second), "aten.scatter.src"),
+        (lambda p, x: torch.zeros(6, 4).scatter(1, p.first.int().long().clamp(0, 3), 1.0), "aten.scatter.value"),
+        (
+            lambda p, x: torch.zeros(9).scatter(0, x.flatten().argmax(0, keepdim=True).expand(x.shape[0]), 1.0),
+            "aten.scatter.value",
+        ),
         (lambda p, x: (x < 0).sum(-1), "aten.sum.dim_IntList"),
         (lambda p, x: torch.where(x < 0, x, x.int()), "aten.where.self"),
         (lambda p, x: F.interpolate(x, size=(x.shape[2] * 2, x.shape[3] * 2)), "aten.upsample_nearest2d.vec"),

@@ -11,15 +11,17 @@ from typing import Any
 import pytest
 import torch
 
-from bakeout.editor.edit import Edit, PatchWeightInput, ShiftActivation
+from bakeout.editor.edit import Edit, PatchActivation, PatchWeightInput, ShiftActivation
 from bakeout.editor.errors import InputError
 from bakeout.editor.model import open_model
 from bakeout.export.artifact import Artifact
 from bakeout.export.manifest import (
     MANIFEST,
     Lowering,
+    Resolution,
     base_of,
     first_states,
+    latents_of,
     max_clip_skip,
     read_manifest,
     validity_of,
@@ -124,6 +126,56 @@ def test_where_a_shift_is_weaker_is_said(folders: Callable[[str], Path]) -> None
     assert limits(shift("unet.down.0.attn.0.block.0.ffn2"), prune(f"{site}.ffn2")) == ()
 
 
+def patch(site: str = "unet.down.0.attn.0.block.0.ffn2", latents: Any = None, tokens: int = 0) -> PatchActivation:
+    mask = torch.ones((tokens, 2) if tokens else (2,), dtype=torch.bool)
+    return PatchActivation(site, "input", mask, mask.float(), latents)
+
+
+@pytest.mark.parametrize(
+    ("operations", "latents"),
+    [
+        ((), None),
+        ((prune("a"), shift("b"), patch("c"), patch("d", tokens=8)), None),
+        ((prune("a"), patch("c"), patch("d", (2, 4), 8), patch("e", tokens=2), patch("f", (2, 4), 2)), (2, 4)),
+    ],
+)
+def test_the_latents_that_an_edit_is_for(operations: Any, latents: Any) -> None:
+    assert latents_of(Edit(operations)) == latents
+
+
+def test_an_edit_is_for_one_size_of_latents() -> None:
+    edit = Edit((patch("a", (4, 2), 8), patch("b", (2, 4), 8), patch("c", (2, 4), 2)))
+    with pytest.raises(InputError, match=r"for latents of 4x2 and 2x4; calibrate all of them at one picture size$"):
+        latents_of(edit)
+
+
+def test_what_holds_for_patches_is_said(folders: Callable[[str], Path]) -> None:
+    model = open_model(folders("sd1"))
+
+    def holds(*operations: Any) -> Any:
+        return validity_of(Edit(operations), model)
+
+    everywhere, at_one_size = holds(patch()), holds(patch(latents=(2, 4), tokens=8))
+    assert (everywhere.resolutions, everywhere.latents, everywhere.limits) == ("any", None, ())
+    assert at_one_size.resolutions == Resolution(latent_height=2, latent_width=4)
+    assert at_one_size.latents == (2, 4)
+    assert at_one_size.limits == ("latents of any other size than 4x2 (width x height) are refused",)
+    # What each edit tells and what undoes it, of four.
+    zeros, missing, constants = "zeros at known places", "absence from a smaller graph", "constants in the graph"
+    merged, quantised, taken_out = "training the model", "quantising the weights", "taking the constants out"
+    for validity, tells, undoes in (
+        (holds(shift("unet.down.0.attn.0.block.0.ffn2")), (), (merged,)),
+        (holds(prune("unet.down.0.attn.0.block.0.ffn2")), (zeros,), (merged, quantised)),
+        (everywhere, (missing,), (merged, quantised)),
+        (at_one_size, (constants,), (merged, taken_out)),
+        (holds(patch(), patch(latents=(2, 4), tokens=8)), (missing, constants), (merged, quantised, taken_out)),
+    ):
+        assert tuple(it for it in (zeros, missing, constants) if it in validity.reveals) == tells
+        assert validity.reveals.endswith("whoever has the base and this model can take the difference")
+        assert len(validity.bypasses) == len(undoes)
+        assert all(said.startswith(it) for said, it in zip(validity.bypasses, undoes, strict=True))
+
+
 @pytest.mark.parametrize("version", [0, 2, "1", None, True, 1.5])
 def test_another_version_is_refused(written: Path, tmp_path: Path, version: object) -> None:
     said = json.loads((written / MANIFEST).read_text())
@@ -182,6 +234,18 @@ def test_another_version_is_refused(written: Path, tmp_path: Path, version: obje
         ("validity/hidden_states", {"text_encoder": 0}),
         ("validity/hidden_states", {"text_encoder": "10"}),
         ("validity/limits", ["a\nb"]),
+        ("validity/resolutions", "some"),
+        ("validity/resolutions", None),
+        ("validity/resolutions", [64, 64]),
+        ("validity/resolutions", {"latent_height": 64}),
+        ("validity/resolutions", {"latent_height": 64, "latent_width": 64, "pixels": 512}),
+        ("validity/resolutions", {"latent_height": 64, "latent_width": "64"}),
+        ("validity/resolutions", {"latent_height": 64, "latent_width": 64.0}),
+        ("validity/resolutions", {"latent_height": 64, "latent_width": True}),
+        ("validity/resolutions", {"latent_height": 0, "latent_width": 64}),
+        ("validity/resolutions", {"latent_height": 64, "latent_width": 1_000_000}),
+        # Which a diffusers folder draws beside any other.
+        ("validity/resolutions", {"latent_height": 64, "latent_width": 64}),
         ("onnx", {"opset": 20, "precision": "fp32", "tools": {}}),
         ("onnx", {"opset": 20}),
         ("edited/0/file", "onnx/unet/model.onnx"),

@@ -25,6 +25,7 @@ from bakeout.editor.errors import InputError
 from bakeout.editor.model import Model, open_model
 from bakeout.export import onnx as module
 from bakeout.export.checkpoint import plan_diffusers, write_diffusers
+from bakeout.export.graphs import graphs_of
 from bakeout.export.onnx import OPSET, size_of_onnx, write_onnx
 from bakeout.export.tokenizer import as_json
 
@@ -362,7 +363,7 @@ def test_what_the_configuration_leaves_out_is_filled_in(copied: Callable[[str], 
                 if key not in ("max_position_embeddings", "in_channels", "latent_channels")}  # fmt: skip
         assert len(left) < len(config)
         (path / name / "config.json").write_bytes(as_json(left))
-    graphs = {graph.name: graph for graph in module.graphs_of(open_model(path))}
+    graphs = {graph.name: graph for graph in graphs_of(open_model(path))}
     assert graphs["text_encoder"].inputs["input_ids"].shape == (2, 77)
     assert [graphs[name].inputs[key].shape[1] for name, key in (
         ("unet", "sample"), ("vae_encoder", "sample"), ("vae_decoder", "latent_sample"),

@@ -22,7 +22,6 @@ from torch import Tensor
 from bakeout.editor.edit import (
     Edit,
     Operation,
-    PatchActivation,
     PatchWeightInput,
     ShiftActivation,
     SteerLatents,
@@ -30,7 +29,7 @@ from bakeout.editor.edit import (
 )
 from bakeout.editor.errors import InputError
 from bakeout.editor.model import Model, open_model
-from bakeout.export import onnx as exporter
+from bakeout.export import graphs
 from bakeout.export.lower import lower_onto
 from bakeout.export.onnx import size_of_onnx, write_onnx
 from bakeout.export.steer import SiteEdit, edits_of, gate_of
@@ -190,7 +189,7 @@ def modules_of(edit: Edit, model: Model, pipeline: Any, encoder: str, gate: Any)
         SiteEdit(model.site(site), operations, blank, torch.float64, gate)
         for site, operations in by_site.items() if model.site(site).component == encoder
     ]  # fmt: skip
-    module = exporter._TextEncoder(getattr(pipeline, encoder), ("last_hidden_state",), edits, hidden_states=True)
+    module = graphs._TextEncoder(getattr(pipeline, encoder), ("last_hidden_state",), edits, hidden_states=True)
     last, *states = module(tokens(pipeline, encoder, TEXTS))
     return {"last_hidden_state": last, **{f"hidden_states.{number}": state for number, state in enumerate(states)}}
 
@@ -456,14 +455,12 @@ def test_a_gate_can_be_asked_for(written):
 
 
 FFN2 = "unet.down.0.attn.0.block.0.ffn2"
-TALL = torch.zeros(16, 64, dtype=torch.bool)
 REFUSED = {
     "conditional": ([steer(S, 16, rows="conditional")], r"1 leaves negative prompts untouched.*off-switch; take"),
     "a weight": (
         [PatchWeightInput(f"{S}.ffn2", torch.ones(16, 32, dtype=torch.bool))],
         r"PatchWeightInput at text_encoder\.layer\.1\.ffn2 does not fold .* no graph can hold it yet; leave",
     ),
-    "the UNet": ([PatchActivation(FFN2, "input", TALL, values(16, 64, seed=0))], r"PatchActivation at unet.*; leave"),
     "the UNet's latents": ([steer(FFN2, 16)], r"SteerLatents at unet.* no graph can hold it yet"),
     "two lengths": (
         [shift(S, 77, 16, seed=0), shift(f"{S}.ffn2", 76, 16, seed=0)], r"is for 76 and for 77 tokens; calibrate all",
