@@ -37,11 +37,12 @@ from bakeout.editor.model_files import read_json, weights_name
 from bakeout.validate.contract import FREE, Interface, contract
 from bakeout.validate.metrics import worst_element
 from bakeout.validate.report.schema import Check, Verdict
+from bakeout.validate.widths import Entries, entries_of
 
 # Faults that a summary tells; their number is told as well.
 _TOLD = 3
-# Of what text encoders take and give, the dimension of tokens; hidden states have it there as well.
-_TOKENS = {"input_ids": 1, "last_hidden_state": 1}
+# What text encoders and UNets take and give of which dimension 1 are a prompt's tokens.
+_TOKENS = ("input_ids", "last_hidden_state", "encoder_hidden_states")
 # What says of a configuration who wrote it, and not what the network does.
 _ABOUT = ("architectures", "dtype", "torch_dtype", "transformers_version")
 # Beside the prompts: empty, blank, of two lengths beyond a text encoder's, in other scripts, and with marks of its own.
@@ -75,6 +76,7 @@ def check_weights(
     read: Read,
     beside: Sequence[str] = (),
     elsewhere: Sequence[Operation] = (),
+    units: Mapping[str, Tensor] = {},
 ) -> Check:
     """Every weight of a target against what the base and the Edit give: exactly, and changed biases to one rounding.
 
@@ -86,8 +88,9 @@ def check_weights(
         read: reads a parameter of the target, or raises MissingError.
         beside: files beside those that are read, which another program may read instead.
         elsewhere: operations that another check finds in the target's graphs, and no weight may hold as well.
+        units: of FFNs that must be narrower than the base's, the hidden units that must be there, as of `units_of`.
     """
-    linears = _linears(edit, base, elsewhere)
+    linears, entries = _linears(edit, base, elsewhere), entries_of(units, base)
     uncovered = [repr(it) for operations in linears.values() for it in operations if not _is_static(it)]
     faults = [f"{name} lies beside the weights, and other programs may load it" for name in beside]
     wrong = edited = 0
@@ -98,10 +101,10 @@ def check_weights(
             if not all(map(_is_static, operations)):
                 continue
             edited += bool(operations)
-            stored = read_base(place)
-            expected = stored
+            own = entries.get(place)
+            stored = expected = _some(own, read_base(place))
             if operations:
-                expected = _edited(read_base, names, place[0], module, operations)[part == "bias"]
+                expected = _some(own, _edited(read_base, names, place[0], module, operations)[part == "bias"])
             try:
                 found = read(place)
             except MissingError as missing:
@@ -122,9 +125,11 @@ def check_weights(
     if uncovered:
         return _check("weights", target, "unjudged", f"Weights cannot show whether these are there: {told(uncovered)}.")
     beyond = "; the rest of the edit is in the graphs" if elsewhere else ""
+    lost = sum(base.site(name).d_in - len(own) for name, own in units.items())
+    gone = f"; {lost:,} hidden units that are constant are gone, of {len(units):,} FFNs" if units else ""
     summary = (
         f"All {len(names):,} tensors are what the base and the edit give: {edited:,} of edited layers, "
-        f"{len(names) - edited:,} as in the base to the last bit{beyond}."
+        f"{len(names) - edited:,} as in the base to the last bit{beyond}{gone}."
     )
     return _check("weights", target, "pass", summary, wrong)
 
@@ -224,31 +229,65 @@ def names_of(model: Model) -> dict[Parameter, str]:
     }
 
 
-def kept_in_graphs(edit: Edit) -> list[ShiftActivation | SteerLatents]:
-    """The operations on text encoders that only their graphs can hold, in the order of the Edit.
+def kept_in_graphs(edit: Edit, base: Model) -> list[PatchActivation | ShiftActivation | SteerLatents]:
+    """The operations that only graphs can hold, in the order of the Edit: patches, and what text encoders have besides.
 
-    A shift that is the same at every token and in every row is in a bias, unless latents read what it would change.
-    None is for the rows of prompts and not of negative prompts, which no graph can tell apart.
+    A patch is that differs from token to token, or whose constants no bias can hold. A shift that is the same at every
+    token and in every row is in a bias, unless latents read what it would change, or a patch would overwrite it. None
+    is for the rows of prompts and not of negative prompts, for some calls only, or for latents of no known size: these
+    no graph can tell apart.
     """
-    operations = [
+    merged = merge([edit]).operations
+    patches = [it for it in merged if isinstance(it, PatchActivation) and _is_patch_of_graphs(it, base)]
+    at_output = [it for it in patches if it.at == "output"]
+    moving = [
         it
-        for it in merge([edit]).operations
+        for it in merged
         if isinstance(it, ShiftActivation | SteerLatents)
         if it.site.startswith("text_encoder") and it.rows != "conditional"
     ]
-    read = [it.site for it in operations if isinstance(it, SteerLatents)]
-    return [it for it in operations if not _is_static(it) or any(f"{site}.".startswith(f"{it.site}.") for site in read)]
+    read = [it.site for it in moving if isinstance(it, SteerLatents)]
+    kept = [
+        it
+        for it in moving
+        if not _is_static(it)
+        or any(f"{site}.".startswith(f"{it.site}.") for site in read)
+        or any(_overwrites(patch, it) for patch in at_output)
+    ]
+    return [it for it in merged if it in [*patches, *kept]]  # type: ignore[misc]
+
+
+def _is_patch_of_graphs(patch: PatchActivation, base: Model) -> bool:
+    site = base.site(patch.site)
+    if patch.rows != "all" or patch.calls is not None:
+        return False
+    if patch.mask.ndim == 1:
+        return site.bias is None and bool(patch.value.any())
+    of_prompts = site.component.startswith("text_encoder") or site.kind in ("attn_key", "attn_value")
+    return of_prompts or patch.latents is not None
+
+
+def _overwrites(patch: PatchActivation, moving: ShiftActivation | SteerLatents) -> bool:
+    """Whether a shift in the bias of a Linear, or of the layer around it, would be lost to a patch of its output."""
+    if isinstance(moving, SteerLatents) or not patch.site.startswith(moving.site):
+        return False
+    features = patch.mask if patch.mask.ndim == 1 else patch.mask.any(0)
+    return bool((features & (moving.value != 0)).any())
 
 
 def rounding_of(edit: Edit, base: Model) -> Edit:
     """What is added to the outputs of edited layers by rounding their biases, once, to the dtypes of the base."""
     sites = {(site.component, site.module): site.name for site in base.sites if site.weight is not None}
-    names, shifts = names_of(base), []
+    names, shifts, kept = names_of(base), [], kept_in_graphs(edit, base)
     with parameters(base) as read:
-        for (component, module), operations in _linears(edit, base, kept_in_graphs(edit)).items():
+        for (component, module), operations in _linears(edit, base, kept).items():
             if (component, f"{module}.bias") in names and all(map(_is_static, operations)):
                 exact = _edited(read, names, component, module, operations)[1]
                 error = exact.to(read((component, f"{module}.bias")).dtype).double() - exact
+                for it in kept:
+                    if isinstance(it, PatchActivation) and (it.site, it.at) == (sites[component, module], "output"):
+                        # What the graph patches is not what the bias made of it.
+                        error = error.where(~it.mask, 0)
                 if error.any():
                     shifts.append(ShiftActivation(sites[component, module], error))
     return Edit(tuple(shifts))
@@ -270,7 +309,7 @@ def _linears(edit: Edit, model: Model, elsewhere: Sequence[Operation]) -> dict[P
 def _is_static(operation: Operation) -> bool:
     """Whether an operation is the same at every token and in every row, so that weight and bias can hold it."""
     if isinstance(operation, PatchActivation):
-        return operation.mask.ndim == 1
+        return operation.mask.ndim == 1 and operation.rows == "all" and operation.calls is None
     if isinstance(operation, ShiftActivation):
         return operation.value.ndim == 1 and operation.rows == "all"
     return not isinstance(operation, SteerLatents)
@@ -282,6 +321,10 @@ def _edited(
     weight, bias = (component, f"{module}.weight"), (component, f"{module}.bias")
     matrix = read(weight)
     return edited_linear(matrix, read(bias) if bias in names else matrix.new_zeros(len(matrix)), operations)
+
+
+def _some(own: Entries | None, whole: Tensor) -> Tensor:
+    return whole if own is None else own.of(whole)
 
 
 def difference(name: str, found: Tensor, expected: Tensor, count: int) -> str:
@@ -359,13 +402,18 @@ class OnnxFolder:
             if path.name not in ("config.json", "model.onnx", "model.onnx_data")
         ]
 
-    def check_interface(self, target: str, lengths: Mapping[str, int] = {}) -> Check:
+    def check_interface(
+        self, target: str, lengths: Mapping[str, int] = {}, latents: tuple[int, int] | None = None
+    ) -> Check:
         """Whether every graph is there, with the inputs and outputs of the contract, in order and of any size.
+
+        Where an edit is for one size only, the graph must take no other: of tokens ONNX Runtime would broadcast another
+        number, or fail somewhere inside, and latents of another shape may have as many tokens.
 
         Args:
             target: its name.
-            lengths: of text encoders, the only number of tokens that they may take: ONNX Runtime would broadcast
-                another one to it, or fail somewhere inside.
+            lengths: of networks, the only number of a prompt's tokens that they may take.
+            latents: height and width, the only ones that the UNet may take.
         """
         interfaces = contract(self._base)
         faults = [
@@ -374,7 +422,9 @@ class OnnxFolder:
             for fault in (
                 [self._faults[name]]
                 if name in self._faults
-                else _interface_faults(name, self._models[name].graph, interface, lengths.get(name))
+                else _interface_faults(
+                    name, self._models[name].graph, interface, _sizes(name, lengths.get(name), latents)
+                )
             )
         ]
         if faults:
@@ -385,7 +435,9 @@ class OnnxFolder:
         return _check("interface", target, "pass", summary)
 
 
-def check_configuration(target: str, base: Model, folder: Path, texts: Sequence[str]) -> Check:
+def check_configuration(
+    target: str, base: Model, folder: Path, texts: Sequence[str], latents: tuple[int, int] | None = None
+) -> Check:
     """Whether a target's pipeline class, scheduler, networks and tokenizers are configured as the base's.
 
     Args:
@@ -393,11 +445,16 @@ def check_configuration(target: str, base: Model, folder: Path, texts: Sequence[
         base: the model that was edited.
         folder: of the target.
         texts: on which tokenizers are compared, beside `ODD_TEXTS`.
+        latents: height and width, where the edit is for one size only, by which pipelines know what to draw.
     """
     faults = [
         *_faults_of(lambda: _index_faults(base, folder)),
         *_faults_of(lambda: _scheduler_faults(base, folder)),
-        *(fault for it in base.components.values() for fault in _faults_of(partial(_network_faults, it, folder))),
+        *(
+            fault
+            for it in base.components.values()
+            for fault in _faults_of(partial(_network_faults, it, folder, latents))
+        ),
         *(
             fault
             for name, part in base.parts.items()
@@ -454,14 +511,16 @@ def _scheduler_config(part: Part) -> Mapping[str, Any]:
         raise InputError(f"{part.folder} describes no working scheduler ({type(error).__name__})") from None
 
 
-def _network_faults(component: Component, folder: Path) -> list[str]:
+def _network_faults(component: Component, folder: Path, latents: tuple[int, int] | None) -> list[str]:
     names = ("vae_encoder", "vae_decoder") if _is_onnx(folder) and component.name == "vae" else (component.name,)
     faults = []
+    config = dict(component.config)
+    if latents is not None and latents[0] == latents[1] and component.name == "unet":
+        # One number for both sides; pipelines of diffusers fail at two.
+        config["sample_size"] = latents[0]
     for name in names:
         path = folder / name / "config.json"
-        found, wanted = (
-            describe(component.class_name, it, str(path), None)[1] for it in (read_json(path), component.config)
-        )
+        found, wanted = (describe(component.class_name, it, str(path), None)[1] for it in (read_json(path), config))
         faults += _differences(name, found, wanted)
     return faults
 
@@ -534,7 +593,19 @@ def _read_model(path: Path) -> Any:
         raise MissingError(f"{path.parent.name}/{path.name} is no ONNX file ({type(error).__name__})") from None
 
 
-def _interface_faults(name: str, graph: Any, interface: Interface, length: int | None) -> Iterator[str]:
+def _sizes(name: str, length: int | None, latents: tuple[int, int] | None) -> Mapping[str, Mapping[int, int]]:
+    """Of a graph's inputs and outputs, the only sizes that dimensions may have."""
+    sizes: dict[str, Mapping[int, int]] = {}
+    if length is not None:
+        sizes |= {own: {1: length} for own in _TOKENS}
+    if latents is not None and name == "unet":
+        sizes |= {own: {2: latents[0], 3: latents[1]} for own in ("sample", "out_sample")}
+    return sizes
+
+
+def _interface_faults(
+    name: str, graph: Any, interface: Interface, sizes: Mapping[str, Mapping[int, int]]
+) -> Iterator[str]:
     for what, given, wanted in (("input", graph.input, interface.inputs), ("output", graph.output, interface.outputs)):
         dims = {it.name: it.type.tensor_type.shape.dim for it in given}
         if list(dims) != list(wanted):
@@ -543,16 +614,19 @@ def _interface_faults(name: str, graph: Any, interface: Interface, length: int |
             yield f"{name}: the list of its {what}s {said}"
             continue
         for own, found in dims.items():
-            tokens = None if length is None else _TOKENS.get(own, 1 if own.startswith("hidden_states.") else None)
-            fixed = [place for place in FREE.get(own, ()) if place < len(found) and found[place].HasField("dim_value")]
-            fixed = [place for place in fixed if place != tokens]
+            # Hidden states have their tokens where the last one has them.
+            only = sizes.get("last_hidden_state" if own.startswith("hidden_states.") else own, {})
             if len(found) != wanted[own]:
                 yield f"{name}: {own} has {len(found)} dimensions in place of {wanted[own]}"
-            elif what == "input" and fixed:
-                yield f"{name}: {own} takes one size only in dimension {fixed[0]}, {found[fixed[0]].dim_value}"
-            elif tokens is not None and found[tokens].dim_value != length:
-                said = found[tokens].dim_value or "any number"
-                yield f"{name}: {own} is for {said} tokens, where the edit is for {length}"
+                continue
+            fixed = {place: it.dim_value for place, it in enumerate(found) if it.HasField("dim_value")}
+            free = [place for place in FREE.get(own, ()) if place not in only]
+            if what == "input" and (odd_ones := [place for place in free if place in fixed]):
+                yield f"{name}: {own} takes one size only in dimension {odd_ones[0]}, {fixed[odd_ones[0]]}"
+            for place, size in only.items():
+                if fixed.get(place) != size:
+                    said = fixed.get(place, "any size")
+                    yield f"{name}: {own} has {said} in dimension {place}, where the edit is for {size} alone"
 
 
 def _by_name(initializers: Iterable[Any], graph: str) -> dict[str, Any]:

@@ -1,7 +1,8 @@
-"""Operations that no weight can hold, in the text encoders' ONNX graphs: all there, exactly, and nothing around them.
+"""Operations that no weight can hold, in ONNX graphs: all there, exactly, and nothing around them.
 
-At a site S, say text_encoder.layer.9, the nodes of an edit are named bakeout/S/..., and what the node bakeout/S/edited
-gives takes the place of the site's output. Its constants are initializers, as in the Edit and rounded to float32:
+Of patches `bakeout.validate.graph_patch` tells; the rest is in text encoders. At a site S, say text_encoder.layer.9,
+the nodes of an edit are named bakeout/S/..., and what the node bakeout/S/edited gives takes the place of the site's
+output. Its constants are initializers, as in the Edit and rounded to float32:
 
     bakeout.S.shift.all, bakeout.S.shift.prompted                   sums of the shifts of such rows, taken in fp64
     bakeout.S.latents.N.encoder, encoder_bias, center, directions, strengths, neurons    of the N-th SteerLatents
@@ -16,24 +17,28 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
-from bakeout.editor.edit import Edit, PatchWeightInput, ShiftActivation, SteerLatents
+from bakeout.editor.edit import Edit, PatchActivation, PatchWeightInput, ShiftActivation, SteerLatents
 from bakeout.editor.model import Model
 from bakeout.editor.pipeline import load_tokenizer
-from bakeout.validate.audit import MissingError, OnnxFolder, difference, told
+from bakeout.validate.audit import MissingError, OnnxFolder, Parameter, told
 from bakeout.validate.contract import contract
-from bakeout.validate.reference import has_text, preactivations, shifted
+from bakeout.validate.graph import Graph
+from bakeout.validate.graph_patch import home_of, is_fused, patch_faults
+from bakeout.validate.reference import preactivations, shifted
 from bakeout.validate.report.schema import Check
 from bakeout.validate.tolerances import COMPONENT
+from bakeout.validate.watches import has_text
 
 _SITE = re.compile(r"(?P<component>text_encoder\w*)\.layer\.(?P<layer>\d+)(?P<inside>\.ffn2)?")
+# Where tokens are those of a prompt.
+_OF_PROMPTS = re.compile(r"text_encoder.*|unet.*\.attn_(key|value)")
 _STATE = re.compile(r"hidden_states\.(\d+)")
 _IDS = "input_ids"
 # A graph that takes any number of tokens is asked for as many as the pipelines give it.
@@ -50,20 +55,25 @@ _OF_EDITS = frozenset(
     ("Add", "And", "Cast", "Div", "Equal", "Gather", "Greater", "Less", "MatMul", "Mul", "Not", "Or", "ReduceMean",
      "ReduceSum", "Relu", "Slice", "Sqrt", "Sub", "TopK", "Transpose", "Unsqueeze", "Where")
 )  # fmt: skip
+# Sites that a summary tells.
+_LISTED = 3
 # What compares whole numbers or finds them, and gives such or truth values.
 _FINDING = frozenset(("ArgMax", "Cast", "Concat", "Equal", "Not", "ReduceSum", "Slice", "Unsqueeze"))
 
-Kept: TypeAlias = ShiftActivation | SteerLatents
-# What of a prompt a value carries; see `_Graph.carried`.
+Moving: TypeAlias = ShiftActivation | SteerLatents
+Kept: TypeAlias = Moving | PatchActivation
+# What of a prompt a value carries; see `_carried`.
 _Carried = Literal["ids", "text", "edited"]
 
 
 def lengths_of(operations: Sequence[Kept]) -> dict[str, int]:
-    """The text encoders whose operations are for one number of tokens only, with that number."""
+    """The networks whose operations are for one number of a prompt's tokens only, with that number."""
     return {
-        it.site.partition(".")[0]: len(it.value)
+        it.site.partition(".")[0]: len(constant)
         for it in operations
-        if isinstance(it, ShiftActivation) and it.value.ndim == 2
+        if not isinstance(it, SteerLatents) and _OF_PROMPTS.fullmatch(it.site)
+        for constant in (it.mask if isinstance(it, PatchActivation) else it.value,)
+        if constant.ndim == 2
     }
 
 
@@ -83,102 +93,73 @@ def first_hidden_states(edit: Edit) -> dict[str, int]:
     return {component: max(found) + 1 for component, found in layers.items()}
 
 
-def check_edit_in_graphs(target: str, base: Model, operations: Sequence[Kept], graphs: OnnxFolder) -> Check:
-    """Whether text encoders' graphs have these operations, on every way to what the pipelines read.
+def check_edit_in_graphs(
+    target: str, base: Model, operations: Sequence[Kept], graphs: OnnxFolder, names: Mapping[Parameter, str]
+) -> Check:
+    """Whether the graphs have these operations, on every way to what comes after them or the pipelines read.
 
     Args:
         target: its name.
         base: the model that was edited.
         operations: what the graphs must hold, in the order of the Edit.
         graphs: of the target.
+        names: of the base's parameters, what the target calls them.
     """
-    by_site: dict[str, list[Kept]] = defaultdict(list)
-    for it in operations:
-        by_site[it.site].append(it)
     faults: list[str] = []
-    for name in (name for name in contract(base) if name.startswith("text_encoder")):
+    for name in ("unet", *(name for name in contract(base) if name.startswith("text_encoder"))):
+        own = [it for it in operations if base.site(it.site).component == name]
         try:
-            graph = _Graph(graphs, name, tuple(contract(base)[name].outputs))
-            tokenizer = load_tokenizer(base.parts[name.replace("text_encoder", "tokenizer")])
-            blank = torch.tensor(sorted({tokenizer.eos_token_id, tokenizer.pad_token_id}))
-            faults += [f"{name} also has an edit at {site!a:.200}" for site in sorted(graph.sites - by_site.keys())]
-            for site in (base.site(site) for site in by_site):
-                if site.component == name:
-                    faults += _site_faults(graph, site.name, by_site[site.name], blank, site.d_out)
+            faults += _graph_faults(Graph(graphs, name, tuple(contract(base)[name].outputs)), base, own, names)
         except MissingError as missing:
-            faults.append(str(missing))
+            # That a graph in which there must be nothing is missing, the check of the interface says.
+            faults += [str(missing)] * bool(own)
     if faults:
         summary = f"What no weight can hold is not in the graphs as it must be: {told(faults)}."
         return Check(name="edit-in-graph", target=target, verdict="fail", summary=summary)
-    summary = (
-        f"What no weight can hold is in the graphs, at {', '.join(by_site)}, on every way to what comes after it there."
-    )
+    sites = list(dict.fromkeys(it.site for it in operations))
+    listed = ", ".join(sites) if len(sites) <= _LISTED else f"{sites[0]} and {len(sites) - 1} other sites"
+    summary = f"What no weight can hold is in the graphs, at {listed}, on every way to what comes after it there."
     return Check(name="edit-in-graph", target=target, verdict="pass", summary=summary)
 
 
-class _Graph:
-    """A text encoder's graph as a file, and who reads what in it."""
+def _graph_faults(
+    graph: Graph, base: Model, operations: Sequence[Kept], names: Mapping[Parameter, str]
+) -> Iterator[str]:
+    patches = [it for it in operations if isinstance(it, PatchActivation)]
+    by_site: dict[str, list[Moving]] = defaultdict(list)
+    for it in operations:
+        if not isinstance(it, PatchActivation):
+            by_site[it.site].append(it)
+    homes = {*map(home_of, patches), *(f"bakeout/{site}/" for site in by_site)}
+    yield from (f"{graph.name} also has an edit at {home!a:.200}" for home in sorted(graph.homes - homes))
+    if not operations:
+        return
+    if why := graph.unreadable([f"{home_of(it)}edited" for it in patches if is_fused(it, base)]):
+        yield why
+        return
+    yield from patch_faults(graph, base, names, patches)
+    if by_site:
+        tokenizer = load_tokenizer(base.parts[graph.name.replace("text_encoder", "tokenizer")])
+        blank = torch.tensor(sorted({tokenizer.eos_token_id, tokenizer.pad_token_id}))
+        for site, own in by_site.items():
+            yield from _site_faults(graph, site, own, blank, base.site(site).d_out)
 
-    def __init__(self, folder: OnnxFolder, name: str, outputs: Sequence[str]) -> None:
-        self.folder = folder
-        self.name = name
-        self.outputs = outputs
-        self.model = folder.model(name)
-        self.nodes: list[Any] = list(self.model.graph.node)
-        self.initializers = folder.initializers(name)
 
-    @property
-    def sites(self) -> set[str]:
-        """Where nodes say that they are of an edit."""
-        return {node.name.split("/")[1] for node in self.nodes if node.name.startswith("bakeout/")}
+def _carried(graph: Graph, edited: str) -> dict[str, _Carried]:
+    """What of the prompt each value carries, were `edited` the only one that carries what it should.
 
-    @cached_property
-    def readers(self) -> dict[str, list[str]]:
-        """Of each value, the names of the nodes that read it; the graph's outputs count as well."""
-        found: dict[str, list[str]] = defaultdict(list)
-        for node in self.nodes:
-            for value in node.input:
-                found[value].append(node.name)
-        for output in self.model.graph.output:
-            found[output.name].append(f"the output {output.name}")
-        return found
-
-    def reached_by(self, edited: str) -> set[str]:
-        """The values that depend on `edited`."""
-        found = {edited}
-        for node in self.nodes:
-            if found & set(node.input):
-                # One that is left out has no name.
-                found |= set(node.output) - {""}
-        return found
-
-    def carried(self, edited: str) -> dict[str, _Carried]:
-        """What of the prompt each value carries, were `edited` the only one that carries what it should.
-
-        `text` is what anything computed of the tokens that does not pass `edited`; `ids` are the tokens' numbers and
-        what compares or finds them, which may choose rows of what is edited: so the row of the end mark is found.
-        """
-        found: dict[str, _Carried] = {_IDS: "ids", edited: "edited"}
-        for node in self.nodes:
-            given = [found.get(value) for value in node.input]
-            # The number of tokens says nothing of what they are.
-            if not any(given) or (node.op_type == "Shape" and given == ["ids"] and _IDS in node.input):
-                continue
-            says = _carried_by(node, given)
-            found |= {value: says for value in node.output if value not in ("", edited)}
-        return found
-
-    def unreadable(self) -> str | None:
-        """In words, why the list of nodes does not tell what is computed of what, if so."""
-        known = {"", *self.initializers, *(it.name for it in self.model.graph.input)}
-        for node in self.nodes:
-            inner = any(attribute.HasField("g") or attribute.graphs for attribute in node.attribute)
-            if inner or node.domain not in ("", "ai.onnx"):
-                return f"{self.name} has a node with graphs of its own, or of another domain, which may do anything"
-            if not known.issuperset(node.input):
-                return f"{self.name} has the node {node.name!a:.100}, which reads what no node before it gives"
-            known |= set(node.output)
-        return f"{self.name} has functions of its own, which may do anything" if self.model.functions else None
+    `text` is what anything computed of the tokens that does not pass `edited`; `ids` are the tokens' numbers and
+    what compares or finds them, which may choose rows of what is edited: so the row of the end mark is found.
+    """
+    found: dict[str, _Carried] = {_IDS: "ids", edited: "edited"}
+    for node in graph.nodes:
+        given = [found.get(value) for value in node.input]
+        # The number of tokens says nothing of what they are.
+        if not any(given) or (node.op_type == "Shape" and given == ["ids"] and _IDS in node.input):
+            continue
+        says = _carried_by(node, given)
+        found |= {value: says for value in node.output if value not in ("", edited)}
+    return found
 
 
 def _carried_by(node: Any, given: Sequence[_Carried | None]) -> _Carried:
@@ -206,11 +187,11 @@ class _Part:
     edited: str
 
 
-def _site_faults(graph: _Graph, site: str, operations: Sequence[Kept], blank: Tensor, width: int) -> list[str]:
+def _site_faults(graph: Graph, site: str, operations: Sequence[Moving], blank: Tensor, width: int) -> list[str]:
     faults = [
         fault
         for name, expected in _constants(site, operations, blank).items()
-        for fault in _constant_faults(graph, name, expected, f"bakeout/{site}/")
+        for fault in graph.constant_faults(name, expected, f"bakeout/{site}/")
     ]
     blanks = f"bakeout.{site}.blank" if any(it.rows == "prompted" for it in operations) else None
     part = _part(graph, f"bakeout/{site}/", blanks)
@@ -221,19 +202,7 @@ def _site_faults(graph: _Graph, site: str, operations: Sequence[Kept], blank: Te
     return faults or list(_other_meanings(graph, site, operations, blank, part, width))
 
 
-def _constant_faults(graph: _Graph, name: str, expected: Tensor, home: str) -> Iterator[str]:
-    found = graph.folder.tensor(graph.name, name, expected.dtype)
-    if not torch.equal(found, expected):
-        count = int((found != expected).sum()) if found.shape == expected.shape else expected.numel()
-        yield difference(name, found, expected, count)
-    strangers = [it for it in graph.readers[name] if not it.startswith(home)]
-    if strangers or not graph.readers[name]:
-        yield f"{name} is read by {strangers[0]!a:.100}" if strangers else f"nothing reads {name}"
-    if name in {it.name for it in graph.model.graph.input}:
-        yield f"{name} is an input too, and so anything that a caller says"
-
-
-def _constants(site: str, operations: Sequence[Kept], blank: Tensor) -> dict[str, Tensor]:
+def _constants(site: str, operations: Sequence[Moving], blank: Tensor) -> dict[str, Tensor]:
     """By the name of the initializer, what it must be, float32 or int64."""
     sums: dict[str, Tensor] = {}
     found: dict[str, Tensor] = {}
@@ -254,17 +223,15 @@ def _constants(site: str, operations: Sequence[Kept], blank: Tensor) -> dict[str
     return {name: value.float() if value.is_floating_point() else value for name, value in {**sums, **found}.items()}
 
 
-def _part(graph: _Graph, home: str, blanks: str | None) -> _Part | str:
+def _part(graph: Graph, home: str, blanks: str | None) -> _Part | str:
     """The part of a graph that is an edit; or, in words, why there is none that could be told from the rest.
 
     `blanks` is the initializer with the tokens that end and pad a prompt, where the edit is to skip empty prompts.
     """
-    own = [node for node in graph.nodes if node.name.startswith(home)]
+    own = [node for node in graph.nodes if node.name.startswith(home) and not node.name.startswith(f"{home}patch.")]
     last = [node for node in own if node.name == f"{home}edited"]
     if len(last) != 1 or len(last[0].output) != 1:
         return f"{graph.name} has not one node {home}edited"
-    if why := graph.unreadable():
-        return why
     if strange := [node.op_type for node in own if node.op_type not in _OF_EDITS]:
         return f"{home}... has a node of type {strange[0]!a:.100}, of which no edit is made"
     edited = last[0].output[0]
@@ -296,11 +263,11 @@ def _reader_of_words(nodes: Sequence[Any], blanks: str | None) -> str | None:
     return None
 
 
-def _ways_around(graph: _Graph, site: str, part: _Part) -> Iterator[str]:
+def _ways_around(graph: Graph, site: str, part: _Part) -> Iterator[str]:
     match = _SITE.fullmatch(site)
     if match is None:
         raise ValueError(f"{site} is no site of a text encoder")
-    carried, reached = graph.carried(part.edited), graph.reached_by(part.edited)
+    carried, reached = _carried(graph, part.edited), graph.reached_by(part.edited)
     for output in graph.outputs:
         state = _STATE.fullmatch(output)
         if state and int(state[1]) <= int(match["layer"]):
@@ -312,7 +279,7 @@ def _ways_around(graph: _Graph, site: str, part: _Part) -> Iterator[str]:
 
 
 def _other_meanings(
-    graph: _Graph, site: str, operations: Sequence[Kept], blank: Tensor, part: _Part, width: int
+    graph: Graph, site: str, operations: Sequence[Moving], blank: Tensor, part: _Part, width: int
 ) -> Iterator[str]:
     run = _runner(graph, part, width)
     tokens = lengths_of(operations).get(graph.name, _TOKENS)
@@ -338,28 +305,10 @@ def _other_meanings(
         yield f"at {site} it changes {touched:,} values of empty prompts"
 
 
-def _runner(graph: _Graph, part: _Part, width: int) -> Callable[[Tensor, Tensor], Tensor]:
+def _runner(graph: Graph, part: _Part, width: int) -> Callable[[Tensor, Tensor], Tensor]:
     """What a part of a graph gives for y, float32 [batch, tokens, d], and input_ids, in ONNX Runtime on the CPU."""
-    import onnxruntime
-    from onnx import TensorProto, helper
-
-    names = sorted({value for node in part.nodes for value in node.input} & graph.initializers.keys())
-    cut = helper.make_graph(
-        part.nodes,
-        "edit",
-        [
-            helper.make_tensor_value_info(part.raw, TensorProto.FLOAT, [None, None, width]),
-            helper.make_tensor_value_info(_IDS, TensorProto.INT64, [None, None]),
-        ],
-        [helper.make_tensor_value_info(part.edited, TensorProto.FLOAT, None)],
-        [graph.folder.whole(graph.name, name) for name in names],
-    )
-    model = helper.make_model(
-        cut, opset_imports=graph.model.opset_import, functions=graph.model.functions, ir_version=graph.model.ir_version
-    )
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
-    session = onnxruntime.InferenceSession(model.SerializeToString(), options, ["CPUExecutionProvider"])
+    inputs = {part.raw: (torch.float32, (None, None, width)), _IDS: (torch.int64, (None, None))}
+    session = graph.run_part(part.nodes, inputs, {part.edited: torch.float32})
 
     def run(y: Tensor, ids: Tensor) -> Tensor:
         (found,) = session.run([part.edited], {part.raw: y.numpy(), _IDS: ids.numpy()})
@@ -368,7 +317,7 @@ def _runner(graph: _Graph, part: _Part, width: int) -> Callable[[Tensor, Tensor]
     return run
 
 
-def _probes(operations: Sequence[Kept], width: int, tokens: int, odd: int) -> tuple[Tensor, Tensor]:
+def _probes(operations: Sequence[Moving], width: int, tokens: int, odd: int) -> tuple[Tensor, Tensor]:
     """Float32 [batch, tokens, d], and bool [batch, tokens]: where no neuron is too near to the k-th largest to tell.
 
     The last `odd` rows are those in which latents do the most.

@@ -7,12 +7,11 @@ that is edited (a sparse autoencoder in its own dtype, where that is wider). Not
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, fields, replace
-from functools import partial, wraps
-from inspect import signature
-from typing import Any, Protocol, Self, cast
+from dataclasses import fields, replace
+from functools import partial
+from typing import Any, cast
 from weakref import WeakSet
 
 import torch
@@ -35,8 +34,13 @@ from bakeout.editor.edit import (
 from bakeout.editor.errors import InputError
 from bakeout.editor.model import Model
 from bakeout.editor.sites import Site
+from bakeout.validate.watches import Drawing, Watch, watch_for
 
 _edited: WeakSet[Module] = WeakSet()
+_NOT_WHOLE = (
+    "this Edit skips some prompts or calls, which are told apart where they enter a network; "
+    "run the whole text encoder or the pipeline"
+)
 
 
 @contextmanager
@@ -44,19 +48,20 @@ def applied(edit: Edit, model: Model, pipeline: Any) -> Iterator[None]:
     """Apply `edit` to `pipeline` (of the base `model`) while the context lasts; weights are never touched.
 
     Works for any batch, with guidance or without, in fp64, fp32, bf16 and fp16, on any device. Rows of an empty prompt
-    are recognised when the pipeline's text encoder runs, those of a negative prompt when its `encode_prompt` does;
-    embeddings that the caller passes bypass the text encoder and whatever edits it. Contexts may be nested where they
-    edit different sites.
+    are recognised when the pipeline's text encoder runs, those of a negative prompt when its `encode_prompt` does, and
+    in the UNet, as the calls of a drawing, when the pipeline draws; embeddings that the caller passes bypass the text
+    encoder and whatever edits it. Contexts may be nested where they edit different sites.
 
     Raises:
         InputError: the Edit does not fit the pipeline, a site is edited already, or (while the pipeline runs) an
-            operation is valid for another number of tokens, or for rows that cannot be told apart.
+            operation is valid for another number of tokens or size of latents, or for rows or calls that cannot be told
+            apart.
     """
     by_site: dict[str, list[Operation]] = defaultdict(list)
     for operation in merge([edit]).operations:
         by_site[operation.site].append(operation)
     with ExitStack() as stack:
-        known: dict[tuple[str, Rows], _Watch] = {}
+        known: dict[tuple[str, Rows], Watch] = {}
         for name, operations in by_site.items():
             site = model.site(name)
             module = _module(model, pipeline, site, operations)
@@ -66,125 +71,56 @@ def applied(edit: Edit, model: Model, pipeline: Any) -> Iterator[None]:
             stack.callback(_edited.discard, module)
             parameter = next(module.parameters())
             own = [_converted(operation, parameter) for operation in operations]
-            rows = {it.rows for it in own if isinstance(it, ShiftActivation | SteerLatents)} & _WATCHES.keys()
-            for it in rows:
-                if (site.component, it) not in known:
-                    known[site.component, it] = _WATCHES[it].watched(pipeline, site.component, stack)
-            hook = partial(_edited_output, own, {it: known[site.component, it] for it in rows})
+            watched = {rows for it in own for rows in _rows_to_watch(it)}
+            for rows in watched:
+                if (site.component, rows) not in known:
+                    known[site.component, rows] = watch_for(rows, site.component).watched(
+                        pipeline, site.component, stack
+                    )
+            hook = partial(_edited_output, own, {rows: known[site.component, rows] for rows in watched})
             # First of the module's hooks: transformers records hidden states in one, and must record what is edited.
             stack.callback(module.register_forward_hook(hook, prepend=True).remove)
+        if (size := latents_of(edit)) is not None:
+            hook = partial(_check_latents, size, pipeline.vae_scale_factor)
+            stack.callback(pipeline.unet.register_forward_pre_hook(hook, with_kwargs=True).remove)
         yield
 
 
-class _Watch(Protocol):
-    """Knows the rows of a text encoder's current call that an operation is for.
-
-    Attributes:
-        chosen: bool [batch] or [1], None between calls.
-    """
-
-    chosen: Tensor | None
-
-    @classmethod
-    def watched(cls, pipeline: Any, component: str, stack: ExitStack) -> Self: ...
+def _rows_to_watch(operation: Operation) -> Iterator[Rows]:
+    if isinstance(operation, PatchWeightInput):
+        return
+    if operation.rows != "all":
+        yield operation.rows
+    # Who knows the rows of the UNet's calls knows the calls as well.
+    if isinstance(operation, PatchActivation) and operation.calls is not None:
+        yield "conditional"
 
 
-@dataclass
-class _Prompted:
-    """Knows which rows are not empty prompts; `blank` int64 [2] are the tokens that end and pad a prompt."""
-
-    blank: Tensor
-    chosen: Tensor | None = None
-
-    @classmethod
-    def watched(cls, pipeline: Any, component: str, stack: ExitStack) -> Self:
-        tokenizer = getattr(pipeline, component.replace("text_encoder", "tokenizer"), None)
-        if tokenizer is None:
-            raise InputError(
-                f"the pipeline has no tokenizer of its {component}, by which empty prompts are known; load it with one"
-            )
-        self = cls(torch.tensor([tokenizer.eos_token_id, tokenizer.pad_token_id]))
-        encoder = getattr(pipeline, component)
-        stack.callback(encoder.register_forward_pre_hook(self._read, with_kwargs=True).remove)
-        stack.callback(encoder.register_forward_hook(self._forget, always_call=True).remove)
-        return self
-
-    def _read(self, _encoder: Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        tokens = kwargs.get("input_ids", args[0] if args else None)
-        if tokens is None:
-            raise InputError("this Edit skips empty prompts, which are known by their tokens; pass input_ids")
-        self.chosen = has_text(tokens.reshape(-1, tokens.shape[-1]), self.blank)
-
-    def _forget(self, *_: object) -> None:
-        self.chosen = None
+def latents_of(edit: Edit) -> tuple[int, int] | None:
+    """Height and width of the only latents that `edit` is for; None is any. Raises InputError where there are two."""
+    sizes = {it.latents for it in edit.operations if isinstance(it, PatchActivation) and it.latents is not None}
+    if len(sizes) > 1:
+        listed = " and ".join(f"{width}x{height}" for height, width in sorted(sizes))
+        raise InputError(f"this Edit is for latents of {listed}; calibrate all of it at one picture size")
+    return next(iter(sizes), None)
 
 
-def has_text(tokens: Tensor, blank: Tensor) -> Tensor:
-    """Which rows of input_ids [batch, tokens] are not empty prompts, bool [batch]; `blank` end and pad a prompt."""
-    # Every token must be blank: text may follow an end mark that stands in the prompt itself.
-    return ~torch.isin(tokens[:, 1:], blank.to(tokens)).all(dim=1)
-
-
-@dataclass
-class _Conditional:
-    """Knows whether a call is for prompts or for negative prompts.
-
-    `encode_prompt` of diffusers' pipelines runs each text encoder once for the prompts and then, with guidance, once
-    for the negative prompts, and leaves out either where its embeddings are given.
-
-    Attributes:
-        for_prompts: whether the text encoder's next call is for prompts, None outside `encode_prompt`.
-        chosen: bool [1], None between calls.
-    """
-
-    for_prompts: bool | None = None
-    chosen: Tensor | None = None
-
-    @classmethod
-    def watched(cls, pipeline: Any, component: str, stack: ExitStack) -> Self:
-        self = cls()
-        encoder = getattr(pipeline, component)
-        stack.callback(encoder.register_forward_pre_hook(self._read).remove)
-        stack.callback(encoder.register_forward_hook(self._forget, always_call=True).remove)
-        # The class's own method, or that of another text encoder or of a context around this one.
-        outer = vars(pipeline).get("encode_prompt")
-        stack.callback(_restore, pipeline, "encode_prompt", outer)
-        pipeline.encode_prompt = wraps(pipeline.encode_prompt)(partial(self._encode, pipeline.encode_prompt))
-        return self
-
-    def _encode(self, encode_prompt: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        given = signature(encode_prompt).bind(*args, **kwargs).arguments
-        self.for_prompts = given.get("prompt_embeds") is None
-        try:
-            return encode_prompt(*args, **kwargs)
-        finally:
-            self.for_prompts = None
-
-    def _read(self, *_: object) -> None:
-        if self.for_prompts is None:
-            raise InputError(
-                "this Edit skips negative prompts, which only the pipeline tells from others; run the pipeline, or its "
-                "encode_prompt"
-            )
-        self.chosen, self.for_prompts = torch.tensor([self.for_prompts]), False
-
-    def _forget(self, *_: object) -> None:
-        self.chosen = None
-
-
-def _restore(holder: Any, name: str, outer: Any) -> None:
-    if outer is None:
-        delattr(holder, name)
-    else:
-        setattr(holder, name, outer)
-
-
-_WATCHES: Mapping[Rows, type[_Watch]] = {"prompted": _Prompted, "conditional": _Conditional}
+def _check_latents(
+    size: tuple[int, int], factor: int, _unet: Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> None:
+    height, width = (kwargs["sample"] if "sample" in kwargs else args[0]).shape[-2:]
+    if (height, width) != size:
+        raise InputError(
+            f"this Edit is valid for latents of {size[1]}x{size[0]} (width x height) and not of {width}x{height}; draw "
+            f"pictures of {size[1] * factor}x{size[0] * factor} pixels"
+        )
 
 
 def _module(model: Model, pipeline: Any, site: Site, operations: Sequence[Operation]) -> Module:
     for operation in operations:
         check_fits(operation, site)
+        if isinstance(operation, PatchActivation) and operation.calls is not None and site.component != "unet":
+            raise InputError(f"{site.name} runs before the first call of a drawing; patch it without calls")
     module = model.module(pipeline, site)
     if site.weight is not None and tuple(cast(Tensor, module.weight).shape) != (site.d_out, site.d_in):
         raise InputError(f"the pipeline has another width at {site.name}; use a pipeline of {model.source}")
@@ -208,19 +144,20 @@ def _converted(operation: Operation, parameter: Tensor) -> Operation:
 
 def _edited_output(
     operations: Sequence[Operation],
-    watches: Mapping[Rows, _Watch],
+    watches: Mapping[Rows, Watch],
     module: Module,
     args: tuple[Any, ...],
     output: Any,
 ) -> Any:
     if not isinstance(output, Tensor):  # an encoder layer of transformers 4
         return _edited_output(operations, watches, module, args, output[0]), *output[1:]
-    inputs = [it for it in operations if isinstance(it, PatchActivation) and it.at == "input"]
+    patches = [it for it in operations if isinstance(it, PatchActivation)]
     weights = [it for it in operations if isinstance(it, PatchWeightInput)]
-    y = _linear(cast(torch.nn.Linear, module), args[0], inputs, weights) if inputs or weights else output
-    for operation in operations:
-        if isinstance(operation, PatchActivation) and operation.at == "output":
-            y = _patched(operation, y)
+    x, y = args[0], output
+    if weights or any(it.at == "input" for it in patches):
+        x = _patched([it for it in patches if it.at == "input"], watches, x)
+        y = _linear(cast(torch.nn.Linear, module), x, weights)
+    y = _patched([it for it in patches if it.at == "output"], watches, y)
     return shifted(operations, y, {rows: _chosen(watch) for rows, watch in watches.items()})
 
 
@@ -239,11 +176,7 @@ def shifted(operations: Sequence[Operation], y: Tensor, chosen: Mapping[Rows, Te
     return result
 
 
-def _linear(
-    linear: torch.nn.Linear, x: Tensor, inputs: Sequence[PatchActivation], weights: Sequence[PatchWeightInput]
-) -> Tensor:
-    for patch in inputs:
-        x = _patched(patch, x)
+def _linear(linear: torch.nn.Linear, x: Tensor, weights: Sequence[PatchWeightInput]) -> Tensor:
     weight: Tensor = linear.weight
     constants = []
     # Pruned weights see nothing, whatever else is at the site.
@@ -255,9 +188,24 @@ def _linear(
     return sum(constants, F.linear(x, weight, linear.bias))
 
 
-def _patched(patch: PatchActivation, x: Tensor) -> Tensor:
-    _check_tokens(patch.site, patch.mask, x)
-    return torch.where(patch.mask.to(x.device), patch.value.to(x), x)
+def _patched(patches: Sequence[PatchActivation], watches: Mapping[Rows, Watch], x: Tensor) -> Tensor:
+    """What x [batch, tokens, d] is under patches of one place: where(any of M, the mean of v over those M, x)."""
+    masks, values = [], []
+    for patch in patches:
+        _check_tokens(patch.site, patch.mask, x)
+        if patch.calls is not None and _call(watches) not in range(*patch.calls):
+            continue
+        mask = patch.mask.to(x.device)
+        if patch.rows != "all":
+            mask = mask & _chosen(watches[patch.rows]).to(x.device)[:, None, None]
+        masks.append(mask)
+        values.append(patch.value.to(x))
+    if len(masks) <= 1:
+        return torch.where(masks[0], values[0], x) if masks else x
+    count, total = torch.zeros((), dtype=torch.int32), torch.zeros((), dtype=torch.float64)
+    for mask, value in zip(masks, values, strict=True):
+        count, total = count + mask.int(), total + value.double().where(mask, 0)
+    return torch.where(count > 0, (total / count.clamp(min=1)).to(x), x)
 
 
 def _shift(operation: ShiftActivation, y: Tensor) -> Tensor:
@@ -292,10 +240,17 @@ def _norm(name: InputNorm, y: Tensor) -> tuple[Tensor | float, Tensor | float]:
     return 0.0, y.norm(dim=-1, keepdim=True) / y.shape[-1] ** 0.5 if name == "constant_norm" else 1.0
 
 
-def _chosen(watch: _Watch) -> Tensor:
+def _chosen(watch: Watch) -> Tensor:
     if watch.chosen is None:
-        raise InputError("this Edit skips some prompts, which are known by their tokens; run the whole text encoder")
+        raise InputError(_NOT_WHOLE)
     return watch.chosen
+
+
+def _call(watches: Mapping[Rows, Watch]) -> int:
+    call = cast(Drawing, watches["conditional"]).call
+    if call is None:
+        raise InputError(_NOT_WHOLE)
+    return call
 
 
 def _check_tokens(site: str, constant: Tensor, x: Tensor) -> None:

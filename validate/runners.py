@@ -63,12 +63,16 @@ def one_more(call: Call) -> Call:
     return Call(call.network, f"{call.when}, in a batch of one more", inputs)
 
 
-def smaller(call: Call, unit: int) -> Call:
+def smaller(call: Call, unit: int | None) -> Call:
     """Its first row alone, and of a picture or latents the upper half, to whole `unit`s if there are any in a half.
+
+    With None, all of its height: of a network that takes one size only.
 
     Which size and batch a network is asked for must not choose what it computes.
     """
     inputs = {name: value if value.ndim == 0 else value[:1] for name, value in call.inputs.items()}
+    if unit is None:
+        return Call(call.network, f"{call.when}, the first row alone", inputs)
     for name in {"sample", "latent_sample"} & inputs.keys():
         height = inputs[name].shape[2]
         inputs[name] = inputs[name][:, :, : height // 2 // unit * unit or height].contiguous()

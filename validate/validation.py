@@ -62,7 +62,8 @@ from bakeout.validate.parity import (
     is_out_of_memory,
     reason,
 )
-from bakeout.validate.reference import applied
+from bakeout.validate.preservation import check_resemblance, check_seen
+from bakeout.validate.reference import applied, latents_of
 from bakeout.validate.report.schema import (
     REPORT_VERSION,
     Check,
@@ -88,6 +89,7 @@ from bakeout.validate.runners import (
     smaller,
 )
 from bakeout.validate.tolerances import TABLE
+from bakeout.validate.widths import units_of
 
 if TYPE_CHECKING:
     from bakeout.export.onnx_pipeline import SessionSettings
@@ -172,7 +174,7 @@ def validate(
         seed: of the first prompt; the next ones count up.
         steps: denoising steps; None is the model's.
         guidance: scale of classifier-free guidance; None is the model's.
-        size: width and height in pixels; None is the model's.
+        size: width and height in pixels; None is the model's, or that for which the edit is made.
         scheduler: as `bakeout.generate.SCHEDULERS` has it; None is each model's own.
         sessions: of ONNX Runtime.
         device: where base, reference and torch's targets run.
@@ -262,13 +264,30 @@ class _Validation:
         said, reached = self.artifact.manifest.validity.hidden_states, first_hidden_states(edit)
         names = sorted(said.keys() | reached.keys())
         wrong = [name for name in names if said.get(name) != reached.get(name)]
-        summary = "The manifest says from which hidden state of each text encoder on the edit is there."
-        if wrong:
+        latents, only = self.artifact.manifest.validity.latents, latents_of(edit)
+        narrow = self._claims_other_widths(edit)
+        summary = (
+            "The manifest says from which hidden state of each text encoder on the edit is there, at which size of "
+            "latents, and which FFNs are narrower."
+        )
+        if latents != only:
+            summary = f"The edit is for latents of {_size(only)}, and the manifest says of {_size(latents)}."
+        elif wrong:
             summary = (
                 f"The edit is in all hidden states of {wrong[0]!a:.100} from {_number(reached.get(wrong[0]))} on, and "
                 f"the manifest says from {_number(said.get(wrong[0]))}."
             )
-        self._say("validity", None, "fail" if wrong else "pass", summary)
+        elif narrow:
+            summary = f"The manifest says of FFNs in {ONNX}/ that other numbers of hidden units are there than must be."
+        self._say("validity", None, "fail" if wrong or latents != only or narrow else "pass", summary)
+
+    def _claims_other_widths(self, edit: Edit) -> bool:
+        how = self.artifact.manifest.onnx
+        if how is None:
+            return False
+        units = units_of(edit, self.model, how.shrink)
+        claimed = {name: (it.kept, it.of) for name, it in how.widths.items()}
+        return claimed != {name: (len(own), self.model.site(name).d_in) for name, own in units.items()}
 
     def compare(self, edit: Edit, asked: Request, targets: Sequence[str], progress: Callable[[float], object]) -> None:
         """Audit the targets' files, then draw with all models and judge."""
@@ -348,22 +367,24 @@ class _Validation:
         folder = self.artifact.folder / target
         texts = [trial.prompt for trial in self.trials]
         with self._finding("configuration", target):
-            self._checks.append(check_configuration(target, self.model, folder, texts))
+            self._checks.append(check_configuration(target, self.model, folder, texts, latents_of(edit)))
         with self._finding("weights", target), ExitStack() as stack:
             names = self._names()
-            kept = kept_in_graphs(edit) if target == ONNX else []
+            kept = kept_in_graphs(edit, self.model) if target == ONNX else []
             if target == ONNX:
                 graphs = OnnxFolder(folder, self.model)
-                self._checks.append(graphs.check_interface(target, lengths_of(kept)))
+                self._checks.append(graphs.check_interface(target, lengths_of(kept), latents_of(edit)))
                 if kept:
                     with self._finding("edit-in-graph", target):
-                        self._checks.append(check_edit_in_graphs(target, self.model, kept, graphs))
+                        self._checks.append(check_edit_in_graphs(target, self.model, kept, graphs, names))
                 read: Read = partial(graphs.read, names)
                 beside = graphs.beside()
             else:
                 read = stack.enter_context(parameters(self.artifact.model))
                 beside = weights_beside(self.artifact.model)
-            self._checks.append(check_weights(target, self.model, edit, names, read, beside, kept))
+            how = self.artifact.manifest.onnx
+            units = units_of(edit, self.model, how.shrink) if target == ONNX and how is not None else {}
+            self._checks.append(check_weights(target, self.model, edit, names, read, beside, kept, units))
 
     def _names(self) -> dict[Parameter, str]:
         """What the targets call each parameter of the base: as the artifact's diffusers folder does."""
@@ -377,7 +398,7 @@ class _Validation:
     def _draw_baseline(self, edit: Edit, asked: Request, advance: Callable[[float], object]) -> _Baseline:
         """Draw with base and reference, which are one pipeline."""
         pipeline = self.model.pipeline(self.device, torch.float32)
-        settings = self._settings_of(pipeline, asked)
+        settings = self._settings_of(pipeline, asked, latents_of(edit))
         base = self._free(pipeline, settings, advance)
         with applied(edit, self.model, pipeline):
             reference = self._free(pipeline, settings, advance, capture=True)
@@ -404,7 +425,7 @@ class _Validation:
     def _calls(self, edit: Edit, pipeline: Any, reference: Sequence[Trajectory]) -> Iterator[tuple[Kind, Call]]:
         """With what networks are compared: what they were called with, the same in other shapes, and odd prompts."""
         for group, trajectory in zip(self.groups, reference, strict=True):
-            for call in (*trajectory.calls, *_in_other_shapes(trajectory.calls, pipeline)):
+            for call in (*trajectory.calls, *_in_other_shapes(trajectory.calls, pipeline, latents_of(edit))):
                 yield group.kind, call
         edited = {self.model.site(it.site).component for it in edit.operations}
         for name in sorted(name for name in edited if name.startswith("text_encoder")):
@@ -444,8 +465,10 @@ class _Validation:
         if baseline.verdicts:
             self._checks.append(check_detector(target, self._detect(target), baseline.verdicts))
 
-    def _settings_of(self, pipeline: Any, asked: Request) -> Settings:
-        request = complete(asked, pipeline, recommended_for(self.artifact))
+    def _settings_of(self, pipeline: Any, asked: Request, latents: tuple[int, int] | None) -> Settings:
+        factor = pipeline.vae_scale_factor
+        only = None if latents is None else (factor * latents[1], factor * latents[0])
+        request = complete(asked, pipeline, recommended_for(self.artifact), only)
         if request.steps is None or request.guidance is None or request.size is None:
             raise TypeError("a completed request has all settings")
         if request.scheduler is not None:
@@ -468,10 +491,9 @@ class _Validation:
             "device": self.device,
             "providers": list(self.sessions.providers) if self.sessions else ["CPUExecutionProvider"],
         }
-        factor = pipeline.vae_scale_factor
-        latents = (pipeline.unet.config.in_channels, height // factor, width // factor)
+        shape = (pipeline.unet.config.in_channels, height // factor, width // factor)
         batch = max(1, min(_BATCH, _BATCH_PIXELS // (width * height)))
-        return Settings(request.steps, request.guidance, (width, height), latents, batch)
+        return Settings(request.steps, request.guidance, (width, height), shape, batch)
 
     def _load(self, target: str) -> Any:
         runtime = _RUNTIME_OF[target]
@@ -556,7 +578,12 @@ class _Validation:
         )
         seen = zip(of_base, of_reference, strict=True)
         self._checks.append(check_edit(erased, steps[ERASED], final[ERASED], concepts, seen))
-        if KEPT not in final:
+        if KEPT in final:
+            base, edited = self._drawn[BASE], self._drawn[REFERENCE]
+            self._checks.append(check_resemblance(self.trials, base, edited, self.pictures))
+            if self.detector is not None and (kept := check_seen(self.detector, self.trials, base, edited)):
+                self._checks.append(kept)
+        else:
             self._say("kept-prompts", None, "unjudged", "There are no prompts without what was erased.")
         odd = [it for it in self._drawn[REFERENCE] if it.problem]
         same = len(self.trials) - _distinct(reference)
@@ -595,10 +622,16 @@ def _groups(trials: Sequence[Trial]) -> list[_Group]:
     return [group for group in groups if group.trials]
 
 
-def _in_other_shapes(calls: Sequence[Call], pipeline: Any) -> list[Call]:
-    """The first call of each network, in a larger batch and in a smaller one of another size."""
+def _in_other_shapes(calls: Sequence[Call], pipeline: Any, latents: tuple[int, int] | None) -> list[Call]:
+    """The first call of each network, in a larger batch and in a smaller one of another size.
+
+    With `latents`, the height and width of the only ones that the edit is for, the UNet's size is always theirs.
+    """
     halvings = 2 ** (len(pipeline.unet.config.block_out_channels) - 1)
-    units = {"unet": halvings, "vae_encoder": halvings * pipeline.vae_scale_factor}
+    units = {
+        "unet": halvings if latents is None else None,
+        "vae_encoder": halvings * pipeline.vae_scale_factor,
+    }
     first = {call.network: call for call in reversed(calls)}
     return [other for it in first.values() for other in (one_more(it), smaller(it, units.get(it.network, 1)))]
 
@@ -662,6 +695,10 @@ def _distinct(drawings: Sequence[Trajectory]) -> int:
 
 def _number(state: int | None) -> str:
     return "none" if state is None else f"number {state}"
+
+
+def _size(latents: tuple[int, int] | None) -> str:
+    return "any size" if latents is None else f"{latents[1]}x{latents[0]} (width x height)"
 
 
 def _tools() -> dict[str, str]:

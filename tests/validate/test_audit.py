@@ -418,6 +418,21 @@ def test_the_configuration_of_an_honest_artifact_passes(exported, base, target):
     assert configured(exported, base, target).verdict == "pass"
 
 
+def test_the_size_for_which_an_edit_is_is_that_of_the_configuration(artifact, base):
+    """The tiny model has a sample_size of 4; pipelines take it for both sides of what they draw."""
+    unet = artifact / "onnx" / "unet" / "config.json"
+
+    def fault(latents):
+        check = check_configuration("onnx", base, artifact / "onnx", ["a star"], latents)
+        return check.summary.partition("unet: ")[2]
+
+    assert [fault(latents) for latents in (None, (4, 4), (2, 8))] == ["", "", ""]
+    assert fault((2, 2)) == "'sample_size' is 4 in place of 2."
+    changed_json(unet, "sample_size", 2)
+    assert [fault(latents) for latents in (None, (4, 4), (2, 8))] == ["'sample_size' is 2 in place of 4."] * 3
+    assert fault((2, 2)) == ""
+
+
 def changed_json(path, key, value):
     said = json.loads(path.read_text())
     said[key] = value

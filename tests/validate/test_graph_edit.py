@@ -71,7 +71,8 @@ def write(model: Model, folder: Path, edit: Edit, gate: Any = None) -> Path:
 
 
 def judge(model: Model, folder: Path, edit: Edit) -> Check:
-    return check_edit_in_graphs("onnx", model, kept_in_graphs(edit), OnnxFolder(folder, model))
+    kept = kept_in_graphs(edit, model)
+    return check_edit_in_graphs("onnx", model, kept, OnnxFolder(folder, model), names_of(model))
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +83,7 @@ def tiny(tiny_model: Path) -> Model:
 @pytest.mark.parametrize("name", at_site(SITE, 16))
 def test_an_honest_graph_passes_in_every_form(tiny, tmp_path, name):
     edit = Edit(tuple(at_site(SITE, 16)[name]))
-    assert len(kept_in_graphs(edit)) == len(edit.operations)
+    assert len(kept_in_graphs(edit, tiny)) == len(edit.operations)
     for gate in ("rank", "topk") if name in ("latents", "all but one") else (None,):
         check = judge(tiny, write(tiny, tmp_path / str(gate), edit, gate), edit)
         assert (check.verdict, check.name, check.target) == ("pass", "edit-in-graph", "onnx")
@@ -219,7 +220,7 @@ def test_without_its_graph_an_edit_is_nowhere(tiny, tmp_path):
     assert "has no model.onnx" in judge(tiny, tmp_path, Edit((steer(SITE, 16),))).summary
 
 
-def test_what_weights_hold_is_not_asked_of_the_graphs():
+def test_what_weights_hold_is_not_asked_of_the_graphs(tiny):
     fixed = ShiftActivation(SITE, values(16))
     inside = ShiftActivation(f"{SITE}.ffn2", values(16))
     other = ShiftActivation("text_encoder.layer.0", values(16))
@@ -229,7 +230,7 @@ def test_what_weights_hold_is_not_asked_of_the_graphs():
     conditional = replace(latents, rows="conditional")
 
     def kept(*operations: Any) -> list[Any]:
-        found = kept_in_graphs(Edit(operations))
+        found = kept_in_graphs(Edit(operations), tiny)
         assert found == [it for it in Edit(operations).operations if it in found]
         return found
 
@@ -254,7 +255,7 @@ def test_weights_beside_an_edit_in_the_graph_are_judged(tiny, tmp_path):
 
     def weights(edit: Edit, target: str = "onnx") -> Check:
         graphs = OnnxFolder(folder, tiny)
-        elsewhere: Sequence[Any] = kept_in_graphs(edit) if target == "onnx" else ()
+        elsewhere: Sequence[Any] = kept_in_graphs(edit, tiny) if target == "onnx" else ()
         return check_weights(target, tiny, edit, names, lambda place: graphs.read(names, place), (), elsewhere)
 
     check = weights(edit)
@@ -262,7 +263,7 @@ def test_weights_beside_an_edit_in_the_graph_are_judged(tiny, tmp_path):
     assert "the rest of the edit is in the graphs" in check.summary
     assert weights(Edit((latents,))).verdict == "fail"
     with parameters(tiny) as read:
-        unfolded = check_weights("onnx", tiny, edit, names, read, (), kept_in_graphs(edit))
+        unfolded = check_weights("onnx", tiny, edit, names, read, (), kept_in_graphs(edit, tiny))
     assert unfolded.verdict == "fail"
     # A diffusers folder cannot have latents, and nothing else judges them there.
     check = weights(edit, "diffusers")
@@ -281,16 +282,16 @@ def test_an_edit_for_one_number_of_tokens_needs_a_graph_that_takes_no_other(tiny
     wanted = lengths_of(at_site(SITE, 16)["shifts of tokens"])
     assert wanted == {"text_encoder": 77}
     assert lengths_of([steer(SITE, 16), ShiftActivation(SITE, values(16), "prompted")]) == {}
-    assert "tokens" not in faults(shifted, wanted)
+    assert "the edit is for" not in faults(shifted, wanted)
     assert "takes one size only in dimension 1, 77" in faults(shifted, {})
-    assert "is for any number tokens" in faults(gated, wanted)
-    assert "is for 77 tokens, where the edit is for 76" in faults(shifted, {"text_encoder": 76})
+    assert "input_ids has any size in dimension 1, where the edit is for 77 alone" in faults(gated, wanted)
+    assert "has 77 in dimension 1, where the edit is for 76 alone" in faults(shifted, {"text_encoder": 76})
     for what, name in (("input", "input_ids"), ("output", "last_hidden_state")):
         copy = Path(shutil.copytree(shifted, tmp_path / what))
         with opened(copy) as graph:
             value = next(it for it in (*graph.input, *graph.output) if it.name == name)
             value.type.tensor_type.shape.dim[1].dim_param = "sequence_length"
-        assert f"{name} is for any number" in faults(copy, wanted)
+        assert f"{name} has any size in dimension 1" in faults(copy, wanted)
     with opened(copy) as graph:
         graph.input[0].type.tensor_type.shape.dim[0].dim_value = 2
     assert "takes one size only in dimension 0, 2" in faults(copy, wanted)

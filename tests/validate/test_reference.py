@@ -661,3 +661,199 @@ def test_a_pipeline_of_another_model_is_refused(model, pipeline):
         applied(Edit((ShiftActivation(TEXT, values(16), "prompted"),)), model, untold),
     ):
         pass
+
+
+OUT = "unet.mid.attn.0.block.0.attn_out"  # 32 → 32, 4 tokens
+
+
+@pytest.mark.parametrize("names", [("features in",), ("tokens in", "tokens out"), ("pruning", "tokens in", "shift")])
+def test_the_output_of_the_cross_attention_is_a_place_as_well(model, pipeline, names):
+    site = (OUT, 32, 32, 4)
+    operations = [at_site(*site)[name] for name in names]
+    x, y = outputs_at(model, pipeline, operations, OUT)
+    assert relative_error(y, naive(model.module(pipeline, model.site(OUT)), x, operations)) <= EXACT
+
+
+def patch(site: str, tokens: int, width: int, at: str = "input", seed: int = 0, **changes: Any) -> PatchActivation:
+    shape = (tokens, width) if tokens else (width,)
+    return PatchActivation(site, at, mask(*shape, seed=seed), values(*shape, seed=seed), **changes)
+
+
+def naive_patches(patches: list[PatchActivation], x: torch.Tensor) -> torch.Tensor:
+    """x [tokens, d] of one row in which all of them hold."""
+    y = x.clone()
+    for token in range(x.shape[0]):
+        for feature in range(x.shape[1]):
+            place = [(token, feature) if it.mask.ndim == 2 else (feature,) for it in patches]
+            found = [float(it.value[at]) for it, at in zip(patches, place, strict=True) if it.mask[at]]
+            if found:
+                y[token, feature] = sum(found) / len(found)
+    return y
+
+
+@contextmanager
+def calls_of(module: nn.Module) -> Iterator[list[tuple[torch.Tensor, torch.Tensor]]]:
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+    handle = module.register_forward_hook(lambda _, args, output: seen.append((args[0], output)))
+    yield seen
+    handle.remove()
+
+
+def drawn_at(model: Model, pipeline: Any, edit: Edit, site: str, guidance: float, steps: int = 3) -> Any:
+    """What a site is given and gives in each call of a drawing of two pictures."""
+    latents = values(2, 4, 4, 4, seed=9).to(pipeline.unet.dtype)
+    with applied(edit, model, pipeline), calls_of(model.module(pipeline, model.site(site))) as seen:
+        pipeline(
+            prompt=["a dog", "a cat"], negative_prompt=["", "a cat"], num_inference_steps=steps, latents=latents,
+            guidance_scale=guidance, output_type="latent", height=16, width=16,
+        )  # fmt: skip
+    return seen
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, *EPSILON])
+@pytest.mark.parametrize("guidance", [1.0, 7.5])
+@pytest.mark.parametrize("at", ["input", "output"])
+def test_patches_of_one_place_are_one_in_the_calls_and_rows_in_which_they_hold(model, at, guidance, dtype):
+    """Of four patches, by call and row; where several hold, their mean is."""
+    pipeline, width = model.pipeline(dtype=dtype), 64 if at == "input" else 16
+    everywhere = patch(FFN2, 16, width, at, 1)
+    prompts = patch(FFN2, 0, width, at, 2, rows="conditional")
+    early = patch(FFN2, 16, width, at, 3, calls=(0, 2))
+    late_prompts = patch(FFN2, 16, width, at, 4, calls=(1, 3), rows="conditional", latents=(4, 4))
+    four = [everywhere, prompts, early, late_prompts]
+    seen = drawn_at(model, pipeline, Edit(tuple(four)), FFN2, guidance)
+    linear = model.module(pipeline, model.site(FFN2))
+    assert len(seen) == 3
+    assert len(seen[0][0]) == (4 if guidance > 1 else 2)
+    for call, (x, y) in enumerate(seen):
+        for row in range(len(x)):
+            is_prompt = guidance == 1 or row >= 2
+            hold = [
+                everywhere,
+                *[prompts] * is_prompt,
+                *[early] * (call < 2),
+                *[late_prompts] * (is_prompt and call > 0),
+            ]
+
+            def expected(hold: list[PatchActivation], x: torch.Tensor = x[row]) -> torch.Tensor:
+                if at == "input":
+                    return torch.nn.functional.linear(naive_patches(hold, x), linear.weight, linear.bias)
+                return naive_patches(hold, torch.nn.functional.linear(x, linear.weight, linear.bias))
+
+            assert y.dtype == dtype
+            assert relative_error(y[row], expected(hold)) <= EPSILON.get(dtype, EXACT)
+            for other in four:
+                others = [it for it in hold if it is not other] if other in hold else [*hold, other]
+                assert relative_error(y[row], expected(others)) > 10 * EPSILON.get(dtype, EXACT)
+
+
+def test_features_and_tokens_of_one_place_are_one_patch(model, pipeline):
+    two = [patch(FFN2, 16, 64, seed=1), patch(FFN2, 0, 64, seed=2)]
+    x, y = outputs_at(model, pipeline, two, FFN2)
+    linear = model.module(pipeline, model.site(FFN2))
+    expected = torch.stack([naive_patches(two, row) for row in x])
+    assert relative_error(y, torch.nn.functional.linear(expected, linear.weight, linear.bias)) <= EXACT
+
+
+@pytest.mark.parametrize("changes", [{"rows": "conditional"}, {"calls": (0, 2)}], ids=str)
+def test_outside_of_a_drawing_nobody_knows_rows_and_calls(model, pipeline, changes):
+    edit, kind = Edit((patch(FFN2, 16, 64, **changes),)), type(pipeline)
+    base = drawn_at(model, pipeline, Edit(()), FFN2, 7.5)
+    with applied(edit, model, pipeline):
+        assert isinstance(pipeline, kind)
+        for _ in range(2):
+            with pytest.raises(InputError, match="run the pipeline"):
+                run(pipeline)
+            with pytest.raises(InputError, match="or the pipeline"):
+                model.module(pipeline, model.site(FFN2))(values(1, 16, 64))
+            draw(pipeline, 7.5, prompt="a dog")
+        with pytest.raises(ZeroDivisionError):
+            pipeline(prompt="a dog", num_inference_steps=3, callback_on_step_end=lambda *_: 1 / 0)
+        with pytest.raises(InputError, match="run the pipeline"):
+            run(pipeline)
+    assert type(pipeline) is kind
+    again = drawn_at(model, pipeline, Edit(()), FFN2, 7.5)
+    assert all(
+        same_bits(one, other) for pair in zip(base, again, strict=True) for one, other in zip(*pair, strict=True)
+    )
+
+
+def test_calls_are_counted_from_the_start_of_each_drawing(model, pipeline):
+    """Also of one within another, and for a scheduler that calls twice for a noise level."""
+    from diffusers import PNDMScheduler
+
+    second = Edit((patch(FFN2, 16, 64, calls=(1, 2)),))
+    first = Edit((patch(KEY, 77, 16, calls=(0, 1)),))
+    own = pipeline.scheduler
+    try:
+        pipeline.scheduler = PNDMScheduler.from_config(own.config, skip_prk_steps=True)
+        linear = model.module(pipeline, model.site(FFN2))
+
+        def patched(seen: Any) -> list[bool]:
+            plain = [torch.nn.functional.linear(x, linear.weight, linear.bias) for x, _ in seen]
+            return [not same_bits(it, y) for it, (_, y) in zip(plain, seen, strict=True)]
+
+        for _ in range(2):
+            assert patched(drawn_at(model, pipeline, second, FFN2, 7.5)) == [False, True, False, False]
+        with applied(first, model, pipeline):
+            assert patched(drawn_at(model, pipeline, second, FFN2, 7.5)) == [False, True, False, False]
+        inner: list[torch.Tensor] = []
+
+        def step_done(running: Any, step: int, *_: Any) -> dict[str, Any]:
+            if step == 0 and not inner:
+                inner.append(draw(running, 7.5, prompt="a dog"))
+            return {}
+
+        with applied(second, model, pipeline), calls_of(linear) as seen:
+            pipeline(prompt="a dog", num_inference_steps=3, callback_on_step_end=step_done)
+        # The inner drawing has three calls as well: it lies behind the first of four.
+        assert patched(seen) == [False, *(False, True, False), True, False, False]
+    finally:
+        pipeline.scheduler = own
+
+
+def test_latents_of_another_shape_are_refused(model, pipeline):
+    """Also with as many tokens."""
+    edit = Edit((patch(FFN2, 16, 64, latents=(4, 4)),))
+    text = values(1, 77, 16)
+    before = all_hooks(pipeline)
+    with applied(edit, model, pipeline):
+        pipeline.unet(values(1, 4, 4, 4), 7, text)
+        for height, width in ((2, 8), (8, 2), (8, 8)):
+            message = f"latents of 4x4 .* and not of {width}x{height}; draw pictures of 16x16 pixels"
+            with pytest.raises(InputError, match=message):
+                pipeline.unet(values(1, 4, height, width), 7, text)
+            with pytest.raises(InputError, match=message):
+                pipeline.unet(sample=values(1, 4, height, width), timestep=7, encoder_hidden_states=text)
+        with pytest.raises(InputError, match="latents of 4x4"):
+            pipeline(prompt="a dog", num_inference_steps=1, height=8, width=32)
+    assert all_hooks(pipeline) == before
+    pipeline.unet(values(1, 4, 2, 8), 7, text)
+    with applied(Edit((patch(FFN2, 16, 64, latents=(2, 8)),)), model, pipeline):
+        pipeline.unet(values(1, 4, 2, 8), 7, text)
+        with pytest.raises(InputError, match=r"latents of 8x2 .* and not of 4x4; draw pictures of 32x8 pixels"):
+            pipeline.unet(values(1, 4, 4, 4), 7, text)
+    two = Edit((patch(FFN2, 16, 64, latents=(4, 4)), patch(OUT, 4, 32, latents=(2, 8))))
+    with pytest.raises(InputError, match="latents of 8x2 and 4x4; calibrate"), applied(two, model, pipeline):
+        pass
+    assert all_hooks(pipeline) == before
+
+
+def test_a_text_encoder_is_patched_in_the_rows_of_prompts(either):
+    model, pipeline, sites = either
+    sites = [model.site(f"{it.name}.ffn2") for it in sites]
+    given = {"prompt": "a dog", "do_classifier_free_guidance": True, "negative_prompt": "a cat"}
+    patches = [patch(it.name, 77, it.d_in) for it in sites]
+    base = encoded(pipeline, **given)
+    with applied(Edit(tuple(patches)), model, pipeline):
+        edited = encoded(pipeline, **given)
+    with applied(Edit(tuple(replace(it, rows="conditional") for it in patches)), model, pipeline):
+        found = encoded(pipeline, **given)
+    for place, own in enumerate(found):
+        assert same_bits(own, (edited, base)[place % 2][place])
+    assert not same_bits(base[0], edited[0])
+    with (
+        pytest.raises(InputError, match="before the first call of a drawing"),
+        applied(Edit((replace(patches[0], calls=(0, 1)),)), model, pipeline),
+    ):
+        pass

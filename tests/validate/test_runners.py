@@ -186,6 +186,10 @@ def test_smaller_is_the_first_row_and_half_of_it(drawn):
     assert smaller(call, 4).inputs["sample"].shape == (1, 4, 4, 4)
     assert smaller(drawn.calls[-2], 1).inputs["latent_sample"].shape == (1, 4, 2, 4)
     assert smaller(drawn.calls[0], 1).inputs["input_ids"].shape == (1, 77)
+    # Of a network for one size, the row alone.
+    alone = smaller(call, None)
+    assert torch.equal(alone.inputs["sample"], call.inputs["sample"][:1])
+    assert "half as high" not in alone.when
 
 
 @pytest.mark.parametrize("name", ["text_encoder", "text_encoder_2"])

@@ -24,15 +24,25 @@ from onnx import TensorProto, helper, numpy_helper
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from bakeout.builtin.shapes.routing import GROUPS, group_of
 from bakeout.editor.checkpoint_header import read_header
-from bakeout.editor.edit import Edit, Origin, PatchWeightInput, ShiftActivation, SteerLatents, merge
+from bakeout.editor.edit import Edit, Origin, PatchActivation, PatchWeightInput, ShiftActivation, SteerLatents, merge
 from bakeout.editor.errors import InputError
 from bakeout.editor.model import Model, open_model
 from bakeout.export.artifact import EDIT, Artifact
-from bakeout.export.manifest import MANIFEST, File, Source, file_digest, read_manifest, tensor_digest, validity_of
+from bakeout.export.manifest import (
+    MANIFEST,
+    File,
+    Resolution,
+    Source,
+    file_digest,
+    read_manifest,
+    tensor_digest,
+    validity_of,
+)
 from bakeout.export.onnx import write_onnx
 from bakeout.export.onnx_pipeline import SessionSettings
-from bakeout.validate.audit import OnnxFolder
+from bakeout.validate.audit import OnnxFolder, kept_in_graphs, names_of
 from bakeout.validate.graph_edit import check_edit_in_graphs
 from bakeout.validate.report.schema import Report
 from bakeout.validate.validation import validate
@@ -44,6 +54,8 @@ ERASED = {"step-parity", "step-parity-worst-prompt", "final-parity", "final-pari
 KEPT = {"step-rounding", "drift"}
 DRAWN = {*ERASED, *KEPT, "pictures"}
 OF_TARGET = {*DRAWN, "configuration", "weights", "components", "runs"}
+# Random edits spoil all that is drawn.
+PRESERVED = {"preservation", "preservation-detector"}
 OF_ALL = {"files", "edit-is-seen", "reference-pictures", "validity"}
 
 # Where the most of what the edit does is done.
@@ -1076,7 +1088,8 @@ def test_an_edit_that_is_broken_in_the_graph_is_found_in_its_file(
     folder, model = Path(shutil.copytree(source.parent, tmp_path / "it")), open_model(tiny_model)
 
     def verdict() -> str:
-        return check_edit_in_graphs("onnx", model, list(edit.operations), OnnxFolder(folder / "onnx", model)).verdict  # type: ignore[arg-type]
+        graphs, operations = OnnxFolder(folder / "onnx", model), kept_in_graphs(edit, model)
+        return check_edit_in_graphs("onnx", model, operations, graphs, names_of(model)).verdict
 
     with graph(folder, "text_encoder"):
         pass
@@ -1121,7 +1134,7 @@ def test_an_honest_edit_in_the_graph_passes(steered: Callable[[str], Path], kind
     with pytest.raises(InputError, match=r"has no target 'diffusers'; choose from onnx$"):
         judged(folder, "diffusers")
     report = judged(folder, steps=4)
-    assert [it.name for it in report.checks if it.verdict != "pass"] == []
+    assert {it.name for it in report.checks if it.verdict != "pass"} <= PRESERVED
     assert verdicts(report, "onnx").keys() >= OF_ALL | OF_TARGET | {"interface", "edit-in-graph"}
 
 
@@ -1185,7 +1198,7 @@ def test_an_edit_that_is_broken_in_the_graph_fails_by_the_right_checks(
     report = judged(folder)
     assert report.verdict == "fail"
     found = verdicts(report, "onnx")
-    assert {name for name, verdict in found.items() if verdict != "pass"} - DRAWN - {"detector"} == fails
+    assert {name for name, verdict in found.items() if verdict != "pass"} - DRAWN - {"detector"} - PRESERVED == fails
 
 
 @pytest.mark.slow
@@ -1200,7 +1213,7 @@ def test_a_manifest_that_says_otherwise_where_the_edit_begins_fails(
     assert manifest.validity.hidden_states == {"text_encoder": 10}
     sign_off(folder, validity=manifest.validity.model_copy(update={"hidden_states": said}))
     found = verdicts(judged(folder), "onnx")
-    assert {name for name, verdict in found.items() if verdict != "pass"} - {"runs"} == {"validity"}
+    assert {name for name, verdict in found.items() if verdict != "pass"} - {"runs"} - PRESERVED == {"validity"}
     assert ("runs" in {name for name, verdict in found.items() if verdict != "pass"}) == ("text_encoder_2" in said)
 
 
@@ -1215,3 +1228,94 @@ def test_a_diffusers_folder_cannot_hold_what_only_a_graph_can(starless: Path, st
     found = verdicts(report, "diffusers")
     assert (found["weights"], found["components"]) == ("unjudged", "fail")
     assert verdicts(report, "onnx")["weights"] == verdicts(report, "onnx")["edit-in-graph"] == "pass"
+
+
+# Of all that `shapes` draws: its latents are of 8 by 8.
+LATENTS = (8, 8)
+
+
+@pytest.fixture(scope="module")
+def patched(tmp_path_factory: pytest.TempPathFactory, bake: Callable[..., Path]) -> Path:
+    """`shapes` without stars for ONNX Runtime, by patches of every token, in its graph. Who changes it copies it."""
+    model, tokens = open_model("shapes"), {}
+    pipeline = model.pipeline(dtype=torch.float32)
+    for site in model.sites_of("ffn2"):
+        hook = partial(lambda name, _, args, __: tokens.update({name: args[0].shape[1]}), site.name)
+        model.module(pipeline, site).register_forward_hook(hook)
+    pipeline("a star", num_inference_steps=1, output_type="latent")
+    operations = []
+    for site in model.sites_of("ffn2"):
+        mask = (group_of(torch.arange(site.d_in)) == GROUPS.index("star")).repeat(tokens[site.name], 1)
+        operations.append(PatchActivation(site.name, "input", mask, torch.zeros(mask.shape), LATENTS))
+    edit = Edit(tuple(operations), (Origin("acterase", "star"),))
+    return bake("shapes", tmp_path_factory.mktemp("patched") / "artifact", edit, ("onnx",))
+
+
+def of_patches(opened: Any, op_type: str) -> list[Any]:
+    return [it for it in opened.node if it.op_type == op_type and it.name.startswith("bakeout/")]
+
+
+def patch_nothing(opened: Any) -> None:
+    """Of every mask nothing is left; all that is named as the Edit's is there."""
+    for last in of_patches(opened, "MaskedGeglu"):
+        shape = numpy_helper.to_array(next(it for it in opened.initializer if it.name == mask_shape(opened, last)))
+        last.input[1] = add_constant(opened, f"none of {last.name}", np.zeros(shape, bool))
+
+
+def mask_shape(opened: Any, last: Any) -> str:
+    (reshape,) = (it for it in of_patches(opened, "Reshape") if last.input[1] in it.output)
+    return str(reshape.input[1])
+
+
+def patch_neighbours(opened: Any) -> None:
+    for it in opened.initializer:
+        if it.name.endswith(".patch.input.indices"):
+            it.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(it) ^ 1, it.name))
+
+
+def take_any_height(opened: Any) -> None:
+    opened.input[0].type.tensor_type.shape.dim[2].dim_param = "height"
+
+
+def lie_down(opened: Any) -> None:
+    """As many tokens."""
+    for it in (opened.input[0], opened.output[0]):
+        for place, size in ((2, 4), (3, 16)):
+            it.type.tensor_type.shape.dim[place].dim_value = size
+
+
+def test_an_honest_patch_in_the_graph_passes(patched: Path) -> None:
+    report = judged(patched, steps=4)
+    assert [it.name for it in report.checks if it.verdict != "pass"] == []
+    assert verdicts(report, "onnx").keys() >= OF_ALL | OF_TARGET | {"interface", "edit-in-graph"}
+
+
+@pytest.mark.parametrize(
+    ("how", "fails"),
+    [
+        (patch_nothing, {*IN_GRAPH, *ERASED}),
+        pytest.param(patch_neighbours, {*IN_GRAPH, *ERASED}, marks=pytest.mark.slow),
+        pytest.param(take_any_height, {"interface", "runs"}, marks=pytest.mark.slow),
+        pytest.param(lie_down, {"interface", "runs"}, marks=pytest.mark.slow),
+    ],
+)
+def test_a_patch_that_is_broken_in_the_graph_fails_by_the_right_checks(
+    patched: Path, tmp_path: Path, how: Callable[[Any], None], fails: set[str]
+) -> None:
+    folder = Path(shutil.copytree(patched, tmp_path / "it"))
+    with graph(folder, "unet") as opened:
+        how(opened)
+    sign_off(folder)
+    report = judged(folder)
+    found = verdicts(report, "onnx")
+    assert report.verdict == "fail"
+    assert {name for name, verdict in found.items() if verdict != "pass"} - KEPT - {"pictures", "detector"} == fails
+
+
+@pytest.mark.parametrize("said", [(4, 16), "any"])
+def test_a_manifest_that_tells_another_size_fails(patched: Path, tmp_path: Path, said: Any) -> None:
+    folder = Path(shutil.copytree(patched, tmp_path / "it"))
+    resolutions = said if said == "any" else Resolution(latent_height=said[0], latent_width=said[1])
+    sign_off(folder, validity=read_manifest(folder).validity.model_copy(update={"resolutions": resolutions}))
+    found = verdicts(judged(folder), "onnx")
+    assert {name for name, verdict in found.items() if verdict != "pass"} == {"validity", "runs"}

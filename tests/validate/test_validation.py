@@ -38,7 +38,10 @@ DRAWN = {
 }  # fmt: skip
 
 
-WHOLE = {"files", "edit", "validity", "edit-is-seen", "reference-pictures", "configuration", "weights"}
+WHOLE = {
+    "files", "edit", "validity", "edit-is-seen", "preservation", "preservation-detector", "reference-pictures",
+    "configuration", "weights",
+}  # fmt: skip
 SOMETIMES = {"interface", "edit-in-graph", "kept-prompts", "reference"}
 
 

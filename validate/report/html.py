@@ -178,7 +178,8 @@ def _erasure(report: Report) -> Iterator[Element]:
     if report.detector is None:
         yield element(
             "p", "There is no detector for this model, so nobody counted what the pictures show: the verdict rests on "
-            "how near the artifact is to the reference.",
+            "how near the artifact is to the reference, and on how like the base's the pictures are whose prompts are "
+            "without what was erased.",
         )  # fmt: skip
         return
     yield element("p", "Detector: ", foreign(report.detector), ".")
