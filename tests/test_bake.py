@@ -196,6 +196,22 @@ def test_every_edit_is_checked_before_any_is_calibrated(
     assert entries(tmp_path) == ["recipe.toml"]
 
 
+def test_edits_for_other_sizes_are_refused_before_any_is_calibrated(
+    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(calibrate, "observe", lambda *_, **__: pytest.fail("a network ran"))
+    sizes = ({"size": [32, 64]}, {"size": [64, 32]}, {"size": [96, 96], "granularity": "feature"})
+    texts = [recipe_text(tiny_model, str(number), steps=2, tau=0.1, **it) for number, it in enumerate(sizes)]
+    text = "\n".join([texts[0], *(text.split("\n", 1)[1] for text in texts[1:])])
+    text = text.replace('"conceptprune"', '"acterase"')
+    for setting in ("first_calls = 2", "sparsity = 0.1"):
+        text = text.replace(f", {setting}", "")
+    (tmp_path / "recipe.toml").write_text(text)
+    with pytest.raises(InputError, match="the edits are for pictures of 64x32 and 32x64 alone: give all of them one"):
+        Recipe.load(tmp_path / "recipe.toml").bake(tmp_path / "made", device="cpu")
+    assert entries(tmp_path) == ["recipe.toml"]
+
+
 def test_a_refusal_while_calibrating_is_that_of_an_edit(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -295,6 +311,10 @@ def test_another_method_bakes_as_well(recipe: Path, tmp_path: Path, monkeypatch:
 
         @staticmethod
         def unfoldable(settings: Any) -> str | None:
+            return None
+
+        @staticmethod
+        def latents(pipeline: Any, settings: Any) -> None:
             return None
 
         @staticmethod

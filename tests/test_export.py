@@ -88,7 +88,7 @@ def test_a_cure_with_a_space_in_it_can_be_pasted(copy: Path, tmp_path: Path) -> 
 
 
 def test_a_recipe_bakes_its_targets(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def write(model: Any, folder: Path, progress: Any, _started: Any) -> None:
+    def write(model: Any, folder: Path, progress: Any, _started: Any, **_changes: Any) -> None:
         assert model.path.name == "diffusers"
         folder.mkdir()
         (folder / "model_index.json").touch()

@@ -177,6 +177,15 @@ def test_settings_come_from_the_request_then_the_recommendation_then_the_pipelin
     assert (asked.steps, asked.guidance) == (3, 0.0)
 
 
+def test_an_edit_for_one_size_is_drawn_at_that_size(pipeline, start):
+    for request in (Request(("a",)), Request(("a",), size=(32, 16)), Request(("a",), image=start)):
+        assert complete(request, pipeline, only=(32, 16)).size == (32, 16)
+    for size, image in (((16, 32), None), ((16, 16), None), ((17, 17), None), ((24, 8), start)):
+        words = rf"size is {size[0]}x{size[1]}: this edit is for pictures of 32x16 only \(latents of 8x4\), so leave"
+        with pytest.raises(InputError, match=words):
+            complete(Request(("a",), size=size, image=image), pipeline, only=(32, 16))
+
+
 def test_only_a_built_in_model_recommends_settings(tiny_model, tmp_path):
     opened = open_model(tiny_model)
     assert recommended_settings(opened) == {}

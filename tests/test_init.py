@@ -18,7 +18,7 @@ from bakeout.editor.errors import InputError
 from bakeout.editor.methods import METHODS, method
 from bakeout.editor.model import BUILTIN
 from bakeout.editor.prompts import PACKS
-from bakeout.editor.recipe import TARGETS, EditRecipe, Recipe, Validation
+from bakeout.editor.recipe import SHRINKS, TARGETS, EditRecipe, Recipe, Validation
 from bakeout.init import recipe_text, write_recipe
 
 
@@ -69,7 +69,8 @@ def test_the_written_recipe_is_what_its_comments_promise(tmp_path, name):
     (edit,) = recipe.edits
     assert (recipe.source, recipe.validation) == ("shapes", Validation())
     # A bake takes the targets as they stand, whatever the edit needs.
-    assert recipe.targets == recipe.written == {"conceptprune": ("diffusers",), "snce": ("onnx",)}[name]
+    written = {"conceptprune": ("diffusers",), "snce": ("onnx",), "acterase": ("onnx",)}
+    assert recipe.targets == recipe.written == written[name]
     published = next(iter(method(name).PUBLISHED.get("shapes", {}).values()), {})
     assert (edit.method, edit.concept, edit.settings) == (name, "star", published)
     # The profile that is written out is the default, so taking the line away changes nothing.
@@ -146,6 +147,30 @@ def test_the_published_settings_of_snce_are_offered_with_the_file_that_they_need
     assert (edits["nudity"].method_settings().strength, edits["violence"].method_settings().strength) == (0.8, 1.2)
 
 
+def test_the_published_settings_of_acterase_are_offered(tmp_path):
+    before, after = recipe_text("acterase").split("# In place of the star, or beside it:\n")
+    taken = re.sub(r"^#(?! )", "", after, flags=re.MULTILINE)
+    edits = {edit.concept: edit for edit in load(tmp_path, before + taken).edits}
+    star = method("acterase").PUBLISHED["shapes"]
+    assert {concept: (it.prompts.pack, it.method_settings().tau) for concept, it in edits.items()} == {
+        "star": ("shapes-object", next(iter(star.values()))["tau"]),
+        "striped": ("shapes-style", next(iter(star.values()))["tau"]),
+        "Van Gogh": ("style", 0.02), "nudity": ("nudity", 0.01), "parachute": ("object", 0.01),
+        "violence": ("violence-100", 0.01),
+    }  # fmt: skip
+
+
+def test_the_profile_of_acterase_that_folds_is_offered_with_the_targets_that_hold_it(tmp_path):
+    text = recipe_text("acterase")
+    said = " ".join(text.replace("\n# ", " ").split())
+    assert "because its mask differs from token to token: so no diffusers, whose folder holds nothing else." in said
+    assert 'With the profile "portable" it does, and both can be written. targets = ["onnx"]' in said
+    portable = text.replace('profile = "paper"\n#profile = "portable"', 'profile = "portable"')
+    assert load(tmp_path, portable).written == ("onnx",)
+    both = portable.replace('targets = ["onnx"]\n#targets = ["diffusers"', 'targets = ["diffusers"')
+    assert load(tmp_path, both).written == ("diffusers", "onnx")
+
+
 def test_what_does_not_fold_is_said_and_written_elsewhere(other_method):
     text = " ".join(recipe_text(other_method).replace("\n# ", " ").split())
     assert "does not fold into weights, because it is a test: so no diffusers, whose folder holds nothing else." in text
@@ -169,12 +194,13 @@ def test_every_key_and_choice_is_explained(name):
     assert all(re.search(rf"^(\[*|# )({key}\b)", explained, re.MULTILINE) for key in keys)
     comments = "".join(re.findall(r"^# .*\n", text, re.MULTILINE))
     assert all(choice in comments for choice in (*BUILTIN, *TARGETS, *METHODS, *PACKS, "quick", "release"))
+    assert {int(it) for it in re.findall(r"^#?shrink = (\d+)$", text, re.MULTILINE)} == set(SHRINKS)
     assert not re.search(r".{120}", text)
 
 
 def test_settings_are_shown_as_their_schema_describes_them(other_method):
     text = recipe_text(other_method)
-    assert 'profile = "second"\n#profile = "first"\n' in text
+    assert '# profile: one of two.\nprofile = "second"\n#profile = "first"\n' in text
     shown = [
         "[edits.settings]", "# words: some text on two lines.", '#words = ["a", "b"]',
         "# limit: at most so much, if at all.", "# bare", "#bare = false", "",

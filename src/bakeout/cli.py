@@ -193,7 +193,8 @@ def generate(
     MODEL is the built-in model `shapes`, a diffusers folder, a single .safetensors checkpoint, the id of a model on
     the Hugging Face hub, or an artifact that `bakeout bake` wrote. ONNX Runtime draws with an artifact that has ONNX
     graphs (`bakeout export`), PyTorch with everything else; --device and --dtype are for PyTorch, --provider, --threads
-    and --no-arena for ONNX Runtime. From the same seed both begin with the same noise.
+    and --no-arena for ONNX Runtime. From the same seed both begin with the same noise. An artifact whose edit differs
+    from token to token is for pictures of one size, which is then the default, and every other --size is refused.
 
     The pictures are DIR/<number of the prompt>-<seed>.png and carry as text what they were drawn from;
     DIR/pictures.json lists them. The same command draws the same pictures on the same machine; another
@@ -209,6 +210,7 @@ def generate(
       bakeout generate shapes-erased --prompt "a star" --compare -o compared
     """
     from bakeout import generate as generation
+    from bakeout.artifact import Artifact
     from bakeout.compare import comparison_for
     from bakeout.picture import read_picture
     from bakeout.recipe import open_any, recommended_for
@@ -227,7 +229,8 @@ def generate(
     comparison = comparison_for(opened, base) if compare else None
     generation.reserve(folder, request, also=comparison.files(request) if comparison else (), force=force)
     pipeline = chosen.load(opened)
-    request = generation.complete(request, pipeline, recommended_for(opened))
+    only = opened.size if isinstance(opened, Artifact) else None
+    request = generation.complete(request, pipeline, recommended_for(opened), only)
     facts = {"model": Path(model).name if Path(model).exists() else model, **chosen.facts}
     with _progress_bar(len(request.pictures) * (3 if comparison else 1)) as bar:
         entries = generation.draw_to_folder(pipeline, request, folder, facts, bar.update)
@@ -326,24 +329,36 @@ def bake(recipe: Path, folder: Path, force: bool, device: str, dtype: str) -> No
 @click.option(
     "--base", metavar="MODEL", help="The model that was edited, where it is a folder or file and DIR has no diffusers/."
 )
+@click.option(
+    "--shrink",
+    metavar="0|1|8|64",
+    type=int,
+    help="Leave out hidden units that the edit makes constant, so that an FFN's width is a multiple of this; 0 leaves "
+    "out none.  [default: the recipe's]",
+)
 @click.option("--force", is_flag=True, help="Replace the target where DIR has it already, whole or not.")
 @_debug_option
-def export(folder: Path, target: str, base: str | None, force: bool) -> None:
+def export(folder: Path, target: str, base: str | None, shrink: int | None, force: bool) -> None:
     """Add a format to the artifact DIR that `bakeout bake` wrote.
 
     \b
     onnx   DIR/onnx/: text encoders, UNet, VAE encoder and decoder as ONNX graphs in fp32, with scheduler and
-           tokenizers. For any batch and size. `bakeout generate DIR` and optimum's pipelines for ONNX Runtime load it.
-           A graph's weights have the names that they have in DIR/diffusers. Needs: pip install "bakeout[cpu]"
+           tokenizers. For any batch, and any size unless the edit is for one. `bakeout generate DIR` and optimum's
+           pipelines for ONNX Runtime load it. A graph's weights have the names that they have in DIR/diffusers.
+           Needs: pip install "bakeout[cpu]"
 
     It is made of DIR/diffusers, or where there is none of the base and the edit, after every byte that stays was
     checked, and DIR changes when all is written: interrupted, it is as it was. The same artifact gives the same bytes.
     Reports of earlier validations are marked stale.
 
+    Hidden units of the UNet's FFNs that a patch makes constant at every token are left out: a smaller and faster model
+    that computes the same. The diffusers folder keeps them, as columns of zeros, so that it loads everywhere.
+
     \b
     Example:
       bakeout export shapes-erased --target onnx
     """
+    from bakeout.describe import describe_widths
     from bakeout.export.artifact import Artifact
     from bakeout.recipe import source_of
 
@@ -351,8 +366,12 @@ def export(folder: Path, target: str, base: str | None, force: bool) -> None:
     with _own_warnings(), _progress_bar(1, "exporting") as bar:
         opened = Artifact.open(folder, but=target if force else None)
         model = source_of(opened, base) if "diffusers" not in opened.manifest.targets else None
-        artifact = opened.export(target, base=model, force=force, progress=bar.update, started=bar.set_postfix_str)
+        artifact = opened.export(
+            target, base=model, shrink=shrink, force=force, progress=bar.update, started=bar.set_postfix_str
+        )
     size = sum(file.bytes for name, file in artifact.manifest.files.items() if name.startswith(f"{target}/"))
+    if widths := describe_widths(artifact.manifest):
+        click.echo(widths)
     click.echo(f"{folder / target} is written ({size / 1e6:,.0f} MB): draw with bakeout generate {quote(str(folder))}")
 
 
@@ -369,7 +388,7 @@ def inspect(model: str, chart: Path | None, force: bool) -> None:
 
     Of a model: its family, components, dtypes, parameters, and the sites that can be edited; of a built-in one also how
     well it draws. Of an artifact, whose files are checked: how many weights or features of each layer the edit touches,
-    in numbers and with -o as a bar chart, how it was realised and why, and what undoes it.
+    in numbers and with -o as a bar chart, how it was realised and why, at which sizes it holds, and what undoes it.
 
     \b
     Examples:
@@ -422,7 +441,11 @@ def inspect(model: str, chart: Path | None, force: bool) -> None:
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the first prompt; the next ones count up.")
 @click.option("--steps", type=int, help="Denoising steps.  [default: the model's]")
 @click.option("--guidance", type=float, help="Scale of classifier-free guidance.  [default: the model's]")
-@click.option("--size", metavar="SIDE|WxH", help="In pixels, 512 or 512x768.  [default: the model's]")
+@click.option(
+    "--size",
+    metavar="SIDE|WxH",
+    help="In pixels, 512 or 512x768.  [default: the artifact's, if it is for one only, or the model's]",
+)
 @click.option("--scheduler", metavar="NAME", help=f"{', '.join(SCHEDULERS)}.  [default: the models' own]")
 @click.option("--device", default="auto", show_default=True, help="Of PyTorch: auto, cpu, cuda, cuda:1 or mps.")
 @_providers_option

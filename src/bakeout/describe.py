@@ -53,8 +53,8 @@ def describe_artifact(artifact: Artifact) -> str:
     ]
     validity = manifest.validity
     ends = [
-        f"It holds at {validity.resolutions} resolution and with {validity.schedules} schedule.",
-        *(["It may be weaker:", *(f"  - {limit}" for limit in validity.limits)] if validity.limits else []),
+        f"It holds at {_resolutions(artifact)} and with {validity.schedules} schedule.",
+        *(["Its limits:", *(f"  - {limit}" for limit in validity.limits)] if validity.limits else []),
         "It is undone by",
         *(f"  - {bypass}" for bypass in validity.bypasses),
         f"and it tells something: {validity.reveals}.",
@@ -62,9 +62,26 @@ def describe_artifact(artifact: Artifact) -> str:
     blocks = [
         f"{artifact.folder}: {headline(manifest)}",
         table(("site", f"{'touched':>11}", f"{'of':>11}", "", "share", "realised", "cost at run time"), rows),
+        describe_widths(manifest),
         "\n".join(ends),
     ]
-    return "\n\n".join(blocks)
+    return "\n\n".join(filter(None, blocks))
+
+
+def describe_widths(manifest: Manifest) -> str:
+    """How many hidden units the compiled target is without, in a line; nothing where it has all of them."""
+    widths = manifest.onnx.widths.values() if manifest.onnx is not None else ()
+    if not widths:
+        return ""
+    gone, of = sum(it.of - it.kept for it in widths), sum(it.of for it in widths)
+    where = f"{len(widths)} FFN{'s' * (len(widths) > 1)}"
+    return f"onnx/ is without {gone:,} of {of:,} hidden units of {where}, constant by the edit ({gone / of:.1%})"
+
+
+def _resolutions(artifact: Artifact) -> str:
+    if artifact.size is None:
+        return "any resolution"
+    return f"{'x'.join(map(str, artifact.size))} pixels only"
 
 
 def describe_validation(artifact: Artifact) -> str:

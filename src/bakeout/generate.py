@@ -183,7 +183,12 @@ def dtype_from_text(text: str, device: str) -> torch.dtype:
     return {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[text]
 
 
-def complete(request: Request, pipeline: Any, recommended: Mapping[str, Any] | None = None) -> Request:
+def complete(
+    request: Request,
+    pipeline: Any,
+    recommended: Mapping[str, Any] | None = None,
+    only: tuple[int, int] | None = None,
+) -> Request:
     """The request with steps, guidance, size and strength filled in: from `recommended`, else the pipeline's defaults.
 
     The size of an image-to-image request is by default about the model's own, in the shape of its picture.
@@ -192,6 +197,7 @@ def complete(request: Request, pipeline: Any, recommended: Mapping[str, Any] | N
         request: what was asked for.
         pipeline: a text-to-image pipeline with diffusers' interface.
         recommended: `steps` and `guidance` with which the model is meant to be used.
+        only: width and height, in pixels, of the only pictures that the model's edit is for; None is any.
 
     Raises:
         InputError: the model cannot draw that size, was not trained with that many steps, or has none to do at that
@@ -204,16 +210,7 @@ def complete(request: Request, pipeline: Any, recommended: Mapping[str, Any] | N
     usual = {"steps": defaults["num_inference_steps"].default, "guidance": defaults["guidance_scale"].default}
     usual |= {name: value for name, value in (recommended or {}).items() if name in usual}
     steps = usual["steps"] if request.steps is None else request.steps
-    side = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
-    # Each of the UNet's blocks but the last halves the latents.
-    unit = pipeline.vae_scale_factor * 2 ** (len(pipeline.unet.config.block_out_channels) - 1)
-    own = (side, side) if request.image is None else fitted_size(read_picture(request.image).size, side, unit)
-    width, height = request.size or own
-    if width % unit or height % unit:
-        nearest = "x".join(str(max(1, round(side / unit)) * unit) for side in (width, height))
-        raise InputError(
-            f"size is {width}x{height}: this model draws multiples of {unit} pixels, for example {nearest}"
-        )
+    size = _size(request, pipeline) if only is None else _only_size(request, pipeline, only)
     trained = pipeline.scheduler.config.num_train_timesteps
     if steps > trained:
         raise InputError(f"steps is {steps}: this model was trained with {trained}, so use at most as many")
@@ -225,7 +222,31 @@ def complete(request: Request, pipeline: Any, recommended: Mapping[str, Any] | N
             raise InputError(f"strength {strength:g} leaves none of {steps} steps to do: take more of either")
     if request.clip_skip is not None:
         _check_clip_skip(pipeline, request.clip_skip)
-    return replace(request, steps=steps, guidance=guidance, size=(width, height), strength=strength)
+    return replace(request, steps=steps, guidance=guidance, size=size, strength=strength)
+
+
+def _size(request: Request, pipeline: Any) -> tuple[int, int]:
+    side = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
+    # Each of the UNet's blocks but the last halves the latents.
+    unit = pipeline.vae_scale_factor * 2 ** (len(pipeline.unet.config.block_out_channels) - 1)
+    own = (side, side) if request.image is None else fitted_size(read_picture(request.image).size, side, unit)
+    width, height = request.size or own
+    if width % unit or height % unit:
+        nearest = "x".join(str(max(1, round(side / unit)) * unit) for side in (width, height))
+        raise InputError(
+            f"size is {width}x{height}: this model draws multiples of {unit} pixels, for example {nearest}"
+        )
+    return width, height
+
+
+def _only_size(request: Request, pipeline: Any, only: tuple[int, int]) -> tuple[int, int]:
+    if request.size not in (None, only):
+        asked, made_for = ("x".join(map(str, size)) for size in (request.size, only))
+        latents = "x".join(str(side // pipeline.vae_scale_factor) for side in only)
+        raise InputError(
+            f"size is {asked}: this edit is for pictures of {made_for} only (latents of {latents}), so leave it out"
+        )
+    return only
 
 
 def _check_clip_skip(pipeline: Any, clip_skip: int) -> None:

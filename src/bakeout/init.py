@@ -18,7 +18,7 @@ from bakeout.editor.errors import InputError
 from bakeout.editor.methods import METHODS, method
 from bakeout.editor.model import BUILTIN
 from bakeout.editor.prompts import PACKS
-from bakeout.editor.recipe import TARGETS
+from bakeout.editor.recipe import DEFAULT_SHRINK, SHRINKS, TARGETS
 
 WIDTH = 110
 
@@ -43,6 +43,11 @@ model = "shapes"
 # What to write. There is: $all_targets.
 $targets
 
+# Hidden units of an FFN that the edits hold constant are left out of compiled targets ($compiled), which are smaller
+# and faster for it. The number of those that stay is a multiple of this. There is: $shrinks; with 0 all stay.
+shrink = $shrink
+$other_shrinks
+
 # How `bakeout validate` judges the result unless it is told otherwise: "quick", or "release" before you publish.
 [validation]
 profile = "quick"
@@ -56,7 +61,6 @@ method = "$method"
 # The concept, in your words. It stands for {concept} in prompts, and is recorded in what is baked.
 concept = "star"
 
-# A published set of the method's settings, which also chooses between the two versions of a pack's prompts.
 $profiles
 
 # Pairs of prompts with the concept (target) and without (reference), from one of three sources. A built-in pack:
@@ -96,15 +100,16 @@ class _Offer(NamedTuple):
 
 
 _STYLE_OF_SHAPES = _Offer("A style of shapes (striped, dotted, checkered)", "striped", "shapes-style", "shapes")
-_OFFERS = (
+_COMMON = (
     _STYLE_OF_SHAPES,
     _Offer("With a Stable Diffusion as the model, a style", "Van Gogh", "style", "style"),
     _Offer("Nudity", "nudity", "nudity", "nudity"),
     _Offer("An object", "parachute", "object", "object"),
-    _Offer("A gender, so that the other is drawn", "male", "male-to-female", "gender"),
 )
+_OFFERS = (*_COMMON, _Offer("A gender, so that the other is drawn", "male", "male-to-female", "gender"))
 _SAE = {"sae": ["sae.safetensors"]}
 _OFFERS_OF: Mapping[str, Sequence[_Offer]] = {
+    "acterase": (*_COMMON, _Offer("Violence", "violence", "violence-100", "violence")),
     "snce": (
         _STYLE_OF_SHAPES,
         _Offer("A colour of shapes", "red", "shapes-colour", "shapes"),
@@ -128,12 +133,18 @@ def recipe_text(name: str) -> str:
     published = getattr(method(name), "PUBLISHED", {})
     chosen: Mapping[str, Any] = next(iter(published.get("shapes", {}).values()), {})
     why = method(name).unfoldable(settings(**chosen))
+    profiles = get_args(settings.model_fields["profile"].annotation)
+    folding = [it for it in profiles if method(name).unfoldable(settings(**{**chosen, "profile": it})) is None]
     return _RECIPE.substitute(
         method=name,
         methods=", ".join(METHODS),
         builtin=", ".join(BUILTIN),
         all_targets=", ".join(TARGETS),
-        targets="\n".join(_target_lines(why)),
+        targets="\n".join(_target_lines(why, folding)),
+        compiled=", ".join(TARGETS[1:]),
+        shrinks=", ".join(map(str, SHRINKS)),
+        shrink=DEFAULT_SHRINK,
+        other_shrinks="\n".join(f"#shrink = {it}" for it in SHRINKS if it != DEFAULT_SHRINK),
         packs="\n# ".join(wrap(", ".join(PACKS), WIDTH)),
         profile=settings().profile,  # type: ignore[attr-defined]
         profiles="\n".join(_profile_lines(settings)),
@@ -168,22 +179,32 @@ def write_recipe(path: Path, name: str, *, force: bool = False) -> None:
         raise InputError(f"cannot write {path} ({error.strerror}): choose another file with -o") from error
 
 
-def _target_lines(why: str | None) -> Iterator[str]:
-    """What to write; `why` the edit does not fold into weights, None if it does."""
+def _target_lines(why: str | None, folding: Sequence[str]) -> Iterator[str]:
+    """What to write.
+
+    `why` says why the edit does not fold into weights, None if it does; `folding` are the profiles with which it would.
+    """
+    both = 'targets = ["diffusers", "onnx"]'
     if why is None:
-        yield from ('targets = ["diffusers"]', '#targets = ["diffusers", "onnx"]')
+        yield from ('targets = ["diffusers"]', f"#{both}")
         return
     said = (
         f"With the settings below the edit does not fold into weights, because {why}: so no diffusers, whose folder "
         "holds nothing else."
     )
+    if folding:
+        said += f" With the profile {' or '.join(map(json.dumps, folding))} it does, and both can be written."
     yield from (f"# {line}" for line in wrap(said, WIDTH))
     yield 'targets = ["onnx"]'
+    if folding:
+        yield f"#{both}"
 
 
 def _profile_lines(settings: type[BaseModel]) -> Iterator[str]:
-    """The default profile, and the others as lines to choose."""
+    """What a profile is, the default one, and the others as lines to choose."""
     default = settings().profile  # type: ignore[attr-defined]
+    yield "# A published set of the method's settings, which also chooses between the two versions of a pack's prompts."
+    yield from (f"# {line}" for line in wrap(_descriptions(settings)["profile"], WIDTH))
     yield f"profile = {json.dumps(default)}"
     for other in get_args(settings.model_fields["profile"].annotation):
         if other != default:

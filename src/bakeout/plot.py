@@ -98,5 +98,6 @@ def draw_touched(lowering: Sequence[Lowering], title: str, path: Path) -> None:
     kinds = dict.fromkeys(it.operation for it in lowering)
     if len(kinds) > 1:
         handles = [bars.patches[[it.operation for it in lowering].index(kind)] for kind in kinds]
-        axes.legend(handles, kinds, loc="lower right", fontsize=8)
+        # Below the axes: inside it would lie on bars.
+        figure.legend(handles, list(kinds), loc="outside lower center", ncols=len(kinds), fontsize=8)
     save_png(figure, path)

@@ -113,6 +113,7 @@ class Recipe(_Recipe):
             for number, edit in enumerate(self.edits):
                 with refusing(number, edit):
                     method(edit.method).check(model, pipeline, edit.method_settings(), folder=self.folder)
+            self._check_sizes(pipeline)
             for number, (edit, pairs) in enumerate(zip(self.edits, prompts, strict=True)):
                 with refusing(number, edit):
                     calibrate, settings = method(edit.method).calibrate, edit.method_settings()
@@ -128,6 +129,15 @@ class Recipe(_Recipe):
                 f"the GPU's memory is full: free some of it, or bake with {smaller}--device cpu"
             ) from error
         return merge(found)
+
+
+    def _check_sizes(self, pipeline: Any) -> None:
+        each = [method(edit.method).latents(pipeline, edit.method_settings()) for edit in self.edits]
+        sizes = {latents for latents in each if latents is not None}
+        if len(sizes) > 1:
+            factor = pipeline.vae_scale_factor
+            listed = " and ".join(f"{width * factor}x{height * factor}" for height, width in sorted(sizes))
+            raise InputError(f"the edits are for pictures of {listed} alone: give all of them one size")
 
 
 def open_any(source: str | os.PathLike[str]) -> Model | Artifact:
