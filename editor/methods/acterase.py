@@ -12,7 +12,8 @@ import json
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
-from itertools import product
+from itertools import groupby, product
+from operator import itemgetter
 from pathlib import Path
 from time import monotonic
 from typing import Annotated, Any, Literal, NamedTuple, Self
@@ -284,6 +285,14 @@ class _Group(NamedTuple):
     evaluations: Sequence[tuple[int, int]]
     acts: tuple[int, int] | None
 
+    @property
+    def runs(self) -> Iterator[tuple[int, list[int]]]:
+        """The evaluations, each call's pairs in runs of PROMPTS_PER_RUN."""
+        for call, of_call in groupby(self.evaluations, key=itemgetter(0)):
+            pairs = [pair for _, pair in of_call]
+            for start in range(0, len(pairs), PROMPTS_PER_RUN):
+                yield call, pairs[start : start + PROMPTS_PER_RUN]
+
 
 class _Job(NamedTuple):
     """What the parts of a calibration share.
@@ -389,11 +398,11 @@ def _masks(job: _Job, drawings: Mapping[str, Drawing], saved: Path | None) -> di
         job.tell(sum(2 * len(group.evaluations) for group in job.groups[:done]))
 
     @cache
-    def conditions(which: str) -> list[Mapping[str, Any]]:
+    def conditions(which: str) -> Mapping[str, Any]:
         return text_conditions(job.pipeline, job.prompts[which], job.plan.sampling)
 
     def mean_magnitudes(which: str, group: _Group) -> dict[str, Tensor]:
-        inputs = (drawings[which].inputs(call, pair, conditions(which)[pair]) for call, pair in group.evaluations)
+        inputs = (drawings[which].inputs(call, pairs, conditions(which)) for call, pairs in group.runs)
         return magnitudes(job.model, job.pipeline, job.sites, inputs, by_token=job.by_token, tell=job.tell)
 
     def mask(site: Site, *magnitudes_of_both: Tensor) -> Tensor:

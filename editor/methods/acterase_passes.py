@@ -46,9 +46,12 @@ class Drawing(NamedTuple):
     samples: Mapping[int, Tensor]
     timesteps: Mapping[int, Tensor]
 
-    def inputs(self, call: int, prompt: int, conditions: Mapping[str, Any]) -> UNetInputs:
-        """What the UNet is given for one prompt of the drawing, under the conditions of that prompt or another one."""
-        return UNetInputs(self.samples[call][prompt, None], self.timesteps[call], conditions)
+    def inputs(self, call: int, prompts: list[int], conditions: Mapping[str, Any]) -> UNetInputs:
+        """What the UNet is given for some prompts of the drawing, under the conditions of as many of its own or others.
+
+        `conditions` are those of all prompts.
+        """
+        return UNetInputs(self.samples[call][prompts], self.timesteps[call], _rows(conditions, prompts))
 
 
 def draw(
@@ -117,14 +120,11 @@ def draw(
     )
 
 
-def text_conditions(pipeline: Any, prompts: Sequence[str], sampling: Sampling) -> list[Mapping[str, Any]]:
-    """For each prompt, what the UNet is given besides sample and time: tensors [1, ...] and tables of such."""
-    found: list[Mapping[str, Any]] = []
-    for start in range(0, len(prompts), PROMPTS_PER_RUN):
-        run = prompts[start : start + PROMPTS_PER_RUN]
-        conditions = first_inputs(pipeline, run, sampling).conditions
-        found += [_row(conditions, number) for number in range(len(run))]
-    return found
+def text_conditions(pipeline: Any, prompts: Sequence[str], sampling: Sampling) -> Mapping[str, Any]:
+    """What the UNet is given for prompts besides sample and time: tensors [prompts, ...] and tables of such."""
+    runs = (prompts[start : start + PROMPTS_PER_RUN] for start in range(0, len(prompts), PROMPTS_PER_RUN))
+    joined: Mapping[str, Any] = _joined([first_inputs(pipeline, run, sampling).conditions for run in runs])
+    return joined
 
 
 def magnitudes(
@@ -138,15 +138,15 @@ def magnitudes(
 ) -> dict[str, Tensor]:
     """The mean of |x| over evaluations of the UNet, x being what a site takes in: by site, [tokens, d_in] or [d_in].
 
-    Each evaluation runs alone, so that equal ones agree to the last bit, whatever was given beside them.
+    Evaluations of equal inputs agree to the last bit where they stand in the same place of as many.
 
     Args:
         model: what the pipeline was loaded from.
         pipeline: whose UNet it is.
         sites: of the UNet.
-        evaluations: one or more, of one prompt each.
+        evaluations: one or more, of any number of prompts each; each prompt counts as one.
         by_token: keep tokens apart, not their mean.
-        tell: called with 1 after each evaluation.
+        tell: called with the number of prompts after each evaluation.
 
     Raises:
         InputError: activations that are not finite.
@@ -162,8 +162,8 @@ def magnitudes(
             hooks.enter_context(watch(model.module(pipeline, site), "input", partial(add, site)))
         for it in evaluations:
             pipeline.unet(it.sample, it.timestep, **it.conditions)
-            made += 1
-            tell(1)
+            made += len(it.sample)
+            tell(len(it.sample))
     refuse_unless_finite(sums, pipeline)
     return {name: total.div_(made) for name, total in sums.items()}
 
@@ -182,7 +182,13 @@ def _of_sum(site: str) -> str:
     return f"sum/{site}"
 
 
-def _row(value: Any, number: int) -> Any:
+def _rows(value: Any, numbers: list[int]) -> Any:
     if isinstance(value, Mapping):
-        return {name: _row(it, number) for name, it in value.items()}
-    return value[number, None]
+        return {name: _rows(it, numbers) for name, it in value.items()}
+    return value[numbers]
+
+
+def _joined(values: Sequence[Any]) -> Any:
+    if isinstance(values[0], Mapping):
+        return {name: _joined([value[name] for value in values]) for name in values[0]}
+    return torch.cat(list(values))
