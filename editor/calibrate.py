@@ -32,7 +32,7 @@ from bakeout.editor.sites import Site
 
 PROMPTS_PER_RUN = 4
 LARGEST_SIDE = 2048  # of a picture, in pixels; SDXL's own is 1024
-_LIBRARIES = ("torch", "diffusers", "transformers")
+_LIBRARIES = ("bakeout", "torch", "diffusers", "transformers")
 
 Half = Literal["unconditional", "conditional"]
 SchedulerName = Literal["model", "dpm-solver"]

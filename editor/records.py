@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# Of a mask, which takes 40 times its bytes in the file when its values come to it. That of SDXL at 2048 px has 2^25.
+# Of a mask, which takes 40 times its bytes in the file when its values come to it. That of SD 1.5's hidden units at
+# 2048 px has 2^26.
 _MAX_ELEMENTS = 1 << 28
 
 

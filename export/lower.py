@@ -32,9 +32,9 @@ from bakeout.editor.edit import (
     ShiftActivation,
     SteerLatents,
     check_fits,
-    merge,
 )
 from bakeout.editor.errors import InputError
+from bakeout.editor.merge import merge
 from bakeout.editor.model import Model
 from bakeout.editor.sites import Site
 from bakeout.export.patch import is_in_geglu

@@ -18,16 +18,9 @@ import torch
 from torch import Tensor
 from torch.nn import Linear, Module
 
-from bakeout.editor.edit import (
-    Edit,
-    Operation,
-    PatchActivation,
-    ShiftActivation,
-    SteerLatents,
-    check_fits,
-    merge,
-)
+from bakeout.editor.edit import Edit, Operation, PatchActivation, ShiftActivation, SteerLatents, check_fits
 from bakeout.editor.errors import InputError
+from bakeout.editor.merge import merge
 from bakeout.editor.model import Model
 from bakeout.editor.sites import Site
 

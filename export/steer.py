@@ -34,9 +34,9 @@ from bakeout.editor.edit import (
     ShiftActivation,
     SteerLatents,
     check_fits,
-    merge,
 )
 from bakeout.editor.errors import InputError
+from bakeout.editor.merge import merge
 from bakeout.editor.model import Model
 from bakeout.editor.pipeline import load_tokenizer
 from bakeout.editor.sites import Site

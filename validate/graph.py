@@ -10,10 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bakeout.validate.audit import OnnxFolder, difference
-
-# Both are ONNX's own.
-STANDARD = ("", "ai.onnx")
+from bakeout.validate.audit import difference
+from bakeout.validate.onnx_folder import STANDARD, OnnxFolder
 
 
 class Graph:

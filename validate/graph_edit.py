@@ -27,10 +27,11 @@ from torch import Tensor
 from bakeout.editor.edit import Edit, PatchActivation, PatchWeightInput, ShiftActivation, SteerLatents
 from bakeout.editor.model import Model
 from bakeout.editor.pipeline import load_tokenizer
-from bakeout.validate.audit import MissingError, OnnxFolder, Parameter, told
+from bakeout.validate.audit import MissingError, Parameter, told
 from bakeout.validate.contract import contract
 from bakeout.validate.graph import Graph
 from bakeout.validate.graph_patch import home_of, is_fused, patch_faults
+from bakeout.validate.onnx_folder import OnnxFolder
 from bakeout.validate.reference import preactivations, shifted
 from bakeout.validate.report.schema import Check
 from bakeout.validate.tolerances import COMPONENT

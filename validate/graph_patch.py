@@ -26,7 +26,8 @@ from bakeout.editor.edit import PatchActivation
 from bakeout.editor.model import Model
 from bakeout.editor.sites import Site
 from bakeout.validate.audit import MissingError, Parameter, difference
-from bakeout.validate.graph import STANDARD, Graph
+from bakeout.validate.graph import Graph
+from bakeout.validate.onnx_folder import STANDARD
 from bakeout.validate.tolerances import COMPONENT
 
 _DOMAIN, _VERSION, _OPERATOR = "bakeout", 1, "MaskedGeglu"

@@ -29,9 +29,9 @@ from bakeout.editor.edit import (
     ShiftActivation,
     SteerLatents,
     check_fits,
-    merge,
 )
 from bakeout.editor.errors import InputError
+from bakeout.editor.merge import merge
 from bakeout.editor.model import Model
 from bakeout.editor.sites import Site
 from bakeout.validate.watches import Drawing, Watch, watch_for

@@ -56,11 +56,25 @@ class Call:
     when: str
     inputs: dict[str, Tensor]
 
+    @property
+    def rows(self) -> int:
+        """Of its batch."""
+        return next(len(value) for value in self.inputs.values() if value.ndim)
+
 
 def one_more(call: Call) -> Call:
     """The same call with its first row once more at the end: a network must not depend on the size of its batch."""
     inputs = {name: value if value.ndim == 0 else torch.cat([value, value[:1]]) for name, value in call.inputs.items()}
     return Call(call.network, f"{call.when}, in a batch of one more", inputs)
+
+
+def of_two(call: Call) -> Call:
+    """Its first and last row alone: as one picture is drawn, whose negative prompt comes before its prompt.
+
+    Most pictures are drawn so, and validations draw more at once.
+    """
+    inputs = {name: value if value.ndim == 0 else value[[0, -1]] for name, value in call.inputs.items()}
+    return Call(call.network, f"{call.when}, the first and last row alone", inputs)
 
 
 def smaller(call: Call, unit: int | None) -> Call:

@@ -24,18 +24,17 @@ import torch
 from torch import Tensor
 
 from bakeout import __version__
-from bakeout.editor.edit import Edit, merge
+from bakeout.editor.edit import Edit
 from bakeout.editor.errors import InputError, not_installed
+from bakeout.editor.merge import merge
 from bakeout.editor.model import Model
 from bakeout.export.artifact import EDIT, ONNX, RUNTIMES, Artifact
 from bakeout.export.manifest import MANIFEST, Manifest, file_digest, read_manifest
 from bakeout.generate import Request, complete, device_from_text, scheduler_for
 from bakeout.recipe import open_base, recommended_for
 from bakeout.validate.audit import (
-    OnnxFolder,
     Parameter,
     Read,
-    check_configuration,
     check_weights,
     kept_in_graphs,
     names_of,
@@ -43,11 +42,13 @@ from bakeout.validate.audit import (
     rounding_of,
     weights_beside,
 )
+from bakeout.validate.configuration import check_configuration
 from bakeout.validate.contract import contract, run_network
 from bakeout.validate.devices import check_providers, why_not_started, with_exact_products, without_tf32
 from bakeout.validate.erasure import Detector, detections, detector_of, trials_of
 from bakeout.validate.graph_edit import check_edit_in_graphs, first_hidden_states, lengths_of
 from bakeout.validate.metrics import distances, relative_rms
+from bakeout.validate.onnx_folder import OnnxFolder
 from bakeout.validate.parity import (
     Expected,
     check_components,
@@ -83,6 +84,7 @@ from bakeout.validate.runners import (
     Trajectory,
     Trial,
     odd_prompts,
+    of_two,
     one_more,
     pixels_from_png,
     run,
@@ -378,7 +380,7 @@ class _Validation:
                     with self._finding("edit-in-graph", target):
                         self._checks.append(check_edit_in_graphs(target, self.model, kept, graphs, names))
                 read: Read = partial(graphs.read, names)
-                beside = graphs.beside()
+                beside = [*graphs.beside(), *graphs.unaccounted(names, kept)]
             else:
                 read = stack.enter_context(parameters(self.artifact.model))
                 beside = weights_beside(self.artifact.model)
@@ -623,7 +625,7 @@ def _groups(trials: Sequence[Trial]) -> list[_Group]:
 
 
 def _in_other_shapes(calls: Sequence[Call], pipeline: Any, latents: tuple[int, int] | None) -> list[Call]:
-    """The first call of each network, in a larger batch and in a smaller one of another size.
+    """The first call of each network, in a larger batch, in one of two rows and in a smaller one of another size.
 
     With `latents`, the height and width of the only ones that the edit is for, the UNet's size is always theirs.
     """
@@ -633,7 +635,8 @@ def _in_other_shapes(calls: Sequence[Call], pipeline: Any, latents: tuple[int, i
         "vae_encoder": halvings * pipeline.vae_scale_factor,
     }
     first = {call.network: call for call in reversed(calls)}
-    return [other for it in first.values() for other in (one_more(it), smaller(it, units.get(it.network, 1)))]
+    others = [other for it in first.values() for other in (one_more(it), smaller(it, units.get(it.network, 1)))]
+    return others + [of_two(it) for it in first.values() if it.rows > 2]
 
 
 def _recorded_profile(manifest: Manifest) -> Profile:

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bakeout.editor.edit import Edit, PatchActivation, PatchWeightInput, merge
+from bakeout.editor.edit import Edit, PatchActivation, PatchWeightInput
+from bakeout.editor.merge import merge
 from bakeout.editor.model import Model
 
 

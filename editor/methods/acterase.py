@@ -115,7 +115,7 @@ class Settings(BaseModel):
         importance: of an input, over the outputs that it goes to (`column`); of an output, over its inputs (`row`, for
             `ffn_output` alone); or of each weight (`edge`, with `granularity = "feature"`).
         signed: weigh by the weights as they are, not by their magnitudes.
-        tau: τ, the importance that a feature must have without the concept.
+        tau: τ, how important a feature must be with the prompts that `compare` names.
         tau_mode: `fraction`: the largest τ of the importances pass; `absolute`: those of at least τ.
         tau_scope: whether the fraction is of a whole `layer` or of the features of each `token`.
         compare: the prompts whose importances must pass τ, those without the concept (`source`) or with it (`target`).
@@ -370,9 +370,10 @@ def _files(job: _Job, work: Path | None) -> Mapping[str, Path | None]:
         return {}
     drawing = job.settings.model_dump(include=_OF_THE_DRAWING)
     facts = {"method": "acterase", "settings": drawing, "size": job.plan.sampling.size, "calls": job.looked_at}
-    drawn = fingerprint(job.pipeline, list(job.prompts.values()), facts)
+    # Several concepts often have the same prompts without them.
+    drawn = {which: fingerprint(job.pipeline, [prompts], facts) for which, prompts in job.prompts.items()}
     said = json.dumps([drawn, job.settings.model_dump(mode="json", exclude=_AFTER_THE_MASKS)], sort_keys=True)
-    names = {**dict.fromkeys(job.prompts, drawn), "masks": hashlib.sha256(said.encode()).hexdigest()}
+    names = {**drawn, "masks": hashlib.sha256(said.encode()).hexdigest()}
     return {which: work / f"acterase-{which}-{name}.safetensors" for which, name in names.items()}
 
 

@@ -763,14 +763,14 @@ def sae_inspect(
 @_output_option("folder", "DIR", "Folder of the demo.", default=Path("demo"), show_default=True)
 @_debug_option
 def demo(folder: Path) -> None:
-    """The main job on the built-in model: erase an object, a style and a colour from `shapes`, and prove it.
+    """Erase an object, a style, a colour and a background from the built-in model `shapes`, and prove it.
 
-    Bakes ConceptPrune and SNCE into one artifact of ONNX graphs, draws 24 prompts with the model as it was, with the
-    eager PyTorch reference and in ONNX Runtime, and compares. What was erased and what was kept is judged by the
-    detector of `shapes`, with exact binomial intervals.
+    Bakes ConceptPrune, SNCE and ActErase into one artifact of ONNX graphs, draws 32 prompts with the model as it was,
+    with the eager PyTorch reference and in ONNX Runtime, and compares. What was erased and what was kept is judged by
+    the detector of `shapes`, with exact binomial intervals.
 
     DIR has recipe.toml, the artifact shapes-erased/, the report in report/, and demo.png, the models side by side. An
-    earlier demo in DIR is overwritten. It takes about a minute on two cores.
+    earlier demo in DIR is overwritten. It takes two minutes on two cores.
 
     \b
     Example:

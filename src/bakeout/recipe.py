@@ -105,7 +105,7 @@ class Recipe(_Recipe):
     ) -> Edit:
         import torch
 
-        from bakeout.editor.edit import merge
+        from bakeout.editor.merge import merge
 
         found = []
         try:
@@ -129,7 +129,6 @@ class Recipe(_Recipe):
                 f"the GPU's memory is full: free some of it, or bake with {smaller}--device cpu"
             ) from error
         return merge(found)
-
 
     def _check_sizes(self, pipeline: Any) -> None:
         each = [method(edit.method).latents(pipeline, edit.method_settings()) for edit in self.edits]

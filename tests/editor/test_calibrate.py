@@ -335,7 +335,7 @@ def test_a_run_takes_no_more_prompts_than_it_can_hold(tiny: tuple[Model, Any]) -
 
 
 @pytest.mark.parametrize(
-    "changed", ["diffusers", "transformers", "tokens", "text encoder", "prompts", "said", "nothing"]
+    "changed", ["bakeout", "diffusers", "transformers", "tokens", "text encoder", "prompts", "said", "nothing"]
 )
 def test_a_fingerprint_depends_on_all_that_sums_do(
     tiny: tuple[Model, Any], monkeypatch: pytest.MonkeyPatch, changed: str
@@ -345,8 +345,8 @@ def test_a_fingerprint_depends_on_all_that_sums_do(
     prompts, said = [PROMPTS[:1], PROMPTS[1:]], {"seed": 1}
     before = calibrate.fingerprint(own, prompts, said)
     assert calibrate.fingerprint(own, prompts, dict(said)) == before
-    if changed in ("diffusers", "transformers"):
-        versions = {"torch": calibrate.version("torch"), "diffusers": "1", "transformers": "1"}
+    if changed in ("bakeout", "diffusers", "transformers"):
+        versions = dict.fromkeys(("bakeout", "torch", "diffusers", "transformers"), "1")
         others = {**versions, changed: "2"}
         monkeypatch.setattr(calibrate, "version", versions.__getitem__)
         before = calibrate.fingerprint(own, prompts, said)

@@ -28,9 +28,9 @@ from bakeout.editor.edit import (
     ShiftActivation,
     SteerLatents,
     check_fits,
-    merge,
 )
 from bakeout.editor.errors import InputError
+from bakeout.editor.merge import merge
 from bakeout.editor.sites import Site
 
 FFN2 = "unet.down.0.attn.0.block.0.ffn2"
@@ -242,6 +242,7 @@ BAD_RECORDS: dict[str, Callable[[], object]] = {
     "a patch of some rows": lambda: PatchActivation("a", "input", mask(2), values(2), rows="prompted"),
     "features for one size of latents": lambda: PatchActivation("a", "input", mask(2), values(2), (8, 8)),
     "latents without a side": lambda: PatchActivation("a", "input", mask(4, 2), values(4, 2), (4, 0)),
+    "latents beyond all": lambda: PatchActivation("a", "input", mask(4, 2), values(4, 2), (4097, 1)),
     "latents of three sides": lambda: PatchActivation("a", "input", mask(4, 2), values(4, 2), (4, 1, 1)),
     "a patch for no call": lambda: PatchActivation("a", "input", mask(2), values(2), calls=(3, 3)),
     "a patch from call -1 on": lambda: PatchActivation("a", "input", mask(2), values(2), calls=(-1, 3)),
@@ -375,6 +376,10 @@ HOSTILE: dict[str, Callable[[Any, dict[str, torch.Tensor]], Any]] = {
     "latents in words": put("PatchActivation", "latents", "64x64"),
     "latents in lists": put("PatchActivation", "latents", [[64], [64]]),
     "one side of latents": put("PatchActivation", "latents", 64),
+    "latents beyond all": lambda said, _: next(it for it in said["operations"] if it.get("latents")).update(
+        latents=[10**30, 64]
+    ),
+    "calls beyond all": put("PatchActivation", "calls", [0, 10**30]),
     "calls of truths": put("PatchActivation", "calls", [False, True]),
     "patched rows of no kind": put("PatchActivation", "rows", "prompted"),
     "a value of whole numbers": tensor("ShiftActivation", "value", torch.ones(7, dtype=torch.int64)),

@@ -17,8 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from bakeout.editor.edit import Edit, Origin, PatchActivation, PatchWeightInput, ShiftActivation, SteerLatents, merge
+from bakeout.editor.edit import Edit, Origin, PatchActivation, PatchWeightInput, ShiftActivation, SteerLatents
 from bakeout.editor.errors import InputError
+from bakeout.editor.merge import merge
 from bakeout.editor.model import Model, open_model
 from bakeout.export.lower import Lowered, lower, lower_onto, touched_tensors
 from bakeout.validate.reference import applied

@@ -24,8 +24,9 @@ from onnx import numpy_helper
 from onnx.reference import ReferenceEvaluator
 from torch import Tensor
 
-from bakeout.editor.edit import Edit, PatchActivation, PatchWeightInput, ShiftActivation, merge
+from bakeout.editor.edit import Edit, PatchActivation, PatchWeightInput, ShiftActivation
 from bakeout.editor.errors import InputError
+from bakeout.editor.merge import merge
 from bakeout.editor.model import Model, open_model
 from bakeout.export.graphs import graphs_of
 from bakeout.export.lower import Lowered, lower_onto

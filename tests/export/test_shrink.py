@@ -21,8 +21,9 @@ from torch import Tensor
 
 from bakeout.cli import main
 from bakeout.editor.architecture import build
-from bakeout.editor.edit import Edit, PatchActivation, PatchWeightInput, ShiftActivation, merge
+from bakeout.editor.edit import Edit, PatchActivation, PatchWeightInput, ShiftActivation
 from bakeout.editor.errors import InputError
+from bakeout.editor.merge import merge
 from bakeout.editor.model import Model, open_model
 from bakeout.editor.sites import Site
 from bakeout.export.artifact import EDIT, Artifact

@@ -19,15 +19,9 @@ import torch
 from onnx import numpy_helper
 from torch import Tensor
 
-from bakeout.editor.edit import (
-    Edit,
-    Operation,
-    PatchWeightInput,
-    ShiftActivation,
-    SteerLatents,
-    merge,
-)
+from bakeout.editor.edit import Edit, Operation, PatchWeightInput, ShiftActivation, SteerLatents
 from bakeout.editor.errors import InputError
+from bakeout.editor.merge import merge
 from bakeout.editor.model import Model, open_model
 from bakeout.export import graphs
 from bakeout.export.lower import lower_onto

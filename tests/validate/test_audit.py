@@ -10,12 +10,11 @@ import torch
 from onnx import helper, numpy_helper
 from safetensors.torch import load_file, save_file
 
-from bakeout.editor.edit import Edit, PatchActivation, PatchWeightInput, ShiftActivation, merge
+from bakeout.editor.edit import Edit, PatchActivation, PatchWeightInput, ShiftActivation
+from bakeout.editor.merge import merge
 from bakeout.editor.model import open_model
 from bakeout.export.artifact import Artifact
 from bakeout.validate.audit import (
-    OnnxFolder,
-    check_configuration,
     check_weights,
     edited_linear,
     names_of,
@@ -24,6 +23,8 @@ from bakeout.validate.audit import (
     unlike,
     weights_beside,
 )
+from bakeout.validate.configuration import check_configuration
+from bakeout.validate.onnx_folder import OnnxFolder
 
 UNET = "diffusers/unet/diffusion_pytorch_model.safetensors"
 EDITED = "down_blocks.0.attentions.0.transformer_blocks.0.ff.net.2.weight"
@@ -51,7 +52,8 @@ def weights(folder, base, edit, target):
     names = names_of(open_model(folder / "diffusers"))
     if target == "onnx":
         graphs = OnnxFolder(folder / "onnx", base)
-        return check_weights("onnx", base, edit, names, lambda place: graphs.read(names, place), graphs.beside())
+        beside = [*graphs.beside(), *graphs.unaccounted(names)]
+        return check_weights("onnx", base, edit, names, lambda place: graphs.read(names, place), beside)
     model = open_model(folder / "diffusers")
     with parameters(model) as read:
         return check_weights("diffusers", base, edit, names, read, weights_beside(model))
@@ -295,12 +297,28 @@ def renamed(graph):
     graph.initializer[0].name = "x"
 
 
+def with_a_sparse_twin(graph):
+    """ONNX Runtime takes the dense one, others the sparse one."""
+    own = graph.initializer[0]
+    value, place = numpy_helper.from_array(np.ones(1, np.float32), own.name), np.zeros((1, len(own.dims)), np.int64)
+    twin = onnx.helper.make_sparse_tensor(value, numpy_helper.from_array(place), list(own.dims))
+    graph.sparse_initializer.append(twin)
+
+
+def with_a_constant_twin(graph):
+    own = graph.initializer[0]
+    other = numpy_helper.from_array(numpy_helper.to_array(own) + 1, own.name)
+    graph.node.insert(0, onnx.helper.make_node("Constant", [], [own.name], value=other))
+
+
 @pytest.mark.parametrize(
     ("how", "said"),
     [
         (lambda graph: graph.initializer.pop(0), "has no initializer"),
         (renamed, "has no initializer"),
-        (lambda graph: graph.initializer.append(graph.initializer[0]), "has two initializers"),
+        (lambda graph: graph.initializer.append(graph.initializer[0]), "has two values"),
+        (with_a_sparse_twin, "has two values"),
+        (with_a_constant_twin, "has two values"),
         (lambda graph: graph.initializer[0].CopyFrom(
             numpy_helper.from_array(numpy_helper.to_array(graph.initializer[0]).astype(np.float16),
                                     graph.initializer[0].name)), "is FLOAT16 in place of FLOAT"),
@@ -320,6 +338,79 @@ def test_broken_initializers_are_found(artifact, base, edit, how, said):
     check = weights(artifact, base, edit, "onnx")
     assert check.verdict == "fail"
     assert said in check.summary
+
+
+@pytest.mark.parametrize("domain", ["", "ai.onnx"])
+def test_an_operator_of_onnx_must_be_onnx_s_own(artifact, base, edit, domain):
+    path = artifact / "onnx" / "unet" / "model.onnx"
+    model = onnx.load(path)
+    again = onnx.helper.make_node("Identity", ["x"], ["y"])
+    opsets = [onnx.helper.make_opsetid("", 20)]
+    model.functions.append(onnx.helper.make_function(domain, "Gelu", ["x"], ["y"], [again], opsets))
+    onnx.save(model, path)
+    check = weights(artifact, base, edit, "onnx")
+    assert check.verdict == "fail"
+    assert "has a function 'Gelu' of its own" in check.summary
+
+
+def constant_of(count, name="x"):
+    return numpy_helper.from_array(np.zeros(count, np.float32), name)
+
+
+def in_an_initializer(model, count):
+    model.graph.initializer.append(constant_of(count))
+
+
+def in_many_initializers(model, count):
+    model.graph.initializer.extend(constant_of(1, f"x.{number}") for number in range(count))
+
+
+def in_whole_numbers(model, count):
+    model.graph.initializer.append(numpy_helper.from_array(np.zeros(count, np.int64), "x"))
+
+
+def in_a_sparse_initializer(model, count):
+    places = numpy_helper.from_array(np.arange(count, dtype=np.int64))
+    model.graph.sparse_initializer.append(onnx.helper.make_sparse_tensor(constant_of(count), places, [count]))
+
+
+def in_a_node(model, count):
+    model.graph.node.insert(0, onnx.helper.make_node("Constant", [], ["x"], value=constant_of(count)))
+
+
+def in_a_list(model, count):
+    model.graph.node.insert(0, onnx.helper.make_node("Constant", [], ["x"], value_floats=[0.0] * count))
+
+
+def in_a_function(model, count):
+    node = onnx.helper.make_node("Constant", [], ["y"], value=constant_of(count))
+    opsets = [onnx.helper.make_opsetid("", 20)]
+    model.functions.append(onnx.helper.make_function("ours", "Weights", [], ["y"], [node], opsets))
+
+
+def in_a_branch(model, count):
+    branch = onnx.helper.make_graph([], "branch", [], [], [constant_of(count)])
+    other = onnx.helper.make_graph([], "other", [], [])
+    model.graph.node.append(onnx.helper.make_node("If", ["x"], [], then_branch=branch, else_branch=other))
+
+
+@pytest.mark.parametrize(
+    "hide",
+    [in_an_initializer, in_many_initializers, in_whole_numbers, in_a_sparse_initializer, in_a_node, in_a_list,
+     in_a_function, in_a_branch],
+    ids=lambda it: it.__name__,
+)  # fmt: skip
+def test_a_second_set_of_weights_is_found_wherever_it_is(artifact, base, edit, hide):
+    """A graph may use it where no validation looks."""
+    path = artifact / "onnx" / "unet" / "model.onnx"
+    honest = path.read_bytes()
+    for count, verdict in ((100, "pass"), (10_000, "fail")):
+        model = onnx.load_from_string(honest)
+        hide(model, count)
+        onnx.save(model, path)
+        check = weights(artifact, base, edit, "onnx")
+        assert check.verdict == verdict
+        assert ("unet holds 10," in check.summary) == (verdict == "fail")
 
 
 def with_external_data(folder, network="unet"):

@@ -18,8 +18,9 @@ from bakeout.editor.edit import Edit, PatchActivation, PatchWeightInput, ShiftAc
 from bakeout.editor.model import Model, open_model
 from bakeout.export.lower import lower_onto
 from bakeout.export.onnx import write_onnx
-from bakeout.validate.audit import OnnxFolder, check_weights, kept_in_graphs, names_of, parameters
+from bakeout.validate.audit import check_weights, kept_in_graphs, names_of, parameters
 from bakeout.validate.graph_edit import check_edit_in_graphs, first_hidden_states, lengths_of
+from bakeout.validate.onnx_folder import OnnxFolder
 from bakeout.validate.report.schema import Check
 
 SITE = "text_encoder.layer.1"

@@ -19,8 +19,9 @@ from bakeout.editor.edit import Edit, PatchActivation, PatchWeightInput, ShiftAc
 from bakeout.editor.model import Model, open_model
 from bakeout.export.lower import lower_onto
 from bakeout.export.onnx import write_onnx
-from bakeout.validate.audit import OnnxFolder, check_weights, kept_in_graphs, names_of, rounding_of
+from bakeout.validate.audit import check_weights, kept_in_graphs, names_of, rounding_of
 from bakeout.validate.graph_edit import check_edit_in_graphs, lengths_of
+from bakeout.validate.onnx_folder import OnnxFolder
 from bakeout.validate.report.schema import Check
 
 LATENTS = (4, 4)
@@ -111,6 +112,7 @@ def test_honest_graphs_pass_at_every_sort_of_place(tiny, whole):
     graphs, names = OnnxFolder(whole, tiny), {k: v for k, v in names_of(tiny).items() if k[0] != "vae"}
     weights = check_weights("onnx", tiny, WHOLE, names, lambda place: graphs.read(names, place), (), kept)
     assert weights.verdict == "pass"
+    assert graphs.unaccounted(names, kept) == []
     # Of what folds nothing may be missing, either.
     less = Edit(tuple(it for it in WHOLE.operations if it.site != MID[0] or isinstance(it, PatchActivation)))
     weights = check_weights("onnx", tiny, less, names, lambda place: graphs.read(names, place), (), kept)

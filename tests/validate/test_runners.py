@@ -13,6 +13,7 @@ from bakeout.validate.runners import (
     Trial,
     initial_latents,
     odd_prompts,
+    of_two,
     one_more,
     pixels_from_png,
     run,
@@ -126,6 +127,16 @@ def test_one_more_repeats_the_first_row(drawn):
     assert more.inputs["sample"].shape[0] == call.inputs["sample"].shape[0] + 1
     assert torch.equal(more.inputs["sample"][-1], call.inputs["sample"][0])
     assert torch.equal(more.inputs["timestep"], call.inputs["timestep"])
+
+
+def test_two_are_the_first_row_and_the_last(drawn):
+    (call,) = (call for call in drawn.calls if call.when == "step 2 of 3")
+    two = of_two(call)
+    assert (call.rows, two.rows) == (len(call.inputs["sample"]), 2)
+    assert call.rows > 2
+    for name in ("sample", "encoder_hidden_states"):
+        assert torch.equal(two.inputs[name], torch.stack([call.inputs[name][0], call.inputs[name][-1]]))
+    assert torch.equal(two.inputs["timestep"], call.inputs["timestep"])
 
 
 @pytest.mark.parametrize(

@@ -26,8 +26,9 @@ from torch import Tensor
 
 from bakeout.builtin.shapes.routing import GROUPS, group_of
 from bakeout.editor.checkpoint_header import read_header
-from bakeout.editor.edit import Edit, Origin, PatchActivation, PatchWeightInput, ShiftActivation, SteerLatents, merge
+from bakeout.editor.edit import Edit, Origin, PatchActivation, PatchWeightInput, ShiftActivation, SteerLatents
 from bakeout.editor.errors import InputError
+from bakeout.editor.merge import merge
 from bakeout.editor.model import Model, open_model
 from bakeout.export.artifact import EDIT, Artifact
 from bakeout.export.manifest import (
@@ -42,8 +43,9 @@ from bakeout.export.manifest import (
 )
 from bakeout.export.onnx import write_onnx
 from bakeout.export.onnx_pipeline import SessionSettings
-from bakeout.validate.audit import OnnxFolder, kept_in_graphs, names_of
+from bakeout.validate.audit import kept_in_graphs, names_of
 from bakeout.validate.graph_edit import check_edit_in_graphs
+from bakeout.validate.onnx_folder import OnnxFolder
 from bakeout.validate.report.schema import Report
 from bakeout.validate.validation import validate
 
@@ -465,10 +467,11 @@ CASES = [
     case(roll_the_masks, "onnx", "weights", "components", DRAWN, slow=True),
     case(restore_one_weight, "onnx", "weights"),
     case(restore_one_weight, "diffusers", "weights", slow=True),
-    case(keep_the_edit_in_unused_weights, "onnx", "components", DRAWN),
-    case(partial(edit_some_shapes_only, 0, "LessOrEqual", 2), "onnx", "components", named="small"),
-    case(partial(edit_some_shapes_only, 0, "GreaterOrEqual", 2), "onnx", "components", named="batch", slow=True),
-    case(partial(edit_some_shapes_only, 2, "Equal", 8), "onnx", "components", named="square", slow=True),
+    case(keep_the_edit_in_unused_weights, "onnx", "weights", "components", DRAWN),
+    case(partial(edit_some_shapes_only, 0, "LessOrEqual", 2), "onnx", "weights", "components", named="small"),
+    case(partial(edit_some_shapes_only, 0, "GreaterOrEqual", 2), "onnx", "weights", "components", named="batch",
+         slow=True),
+    case(partial(edit_some_shapes_only, 2, "Equal", 8), "onnx", "weights", "components", named="square", slow=True),
     case(flip_a_bit, "onnx", "weights", slow=True),
     case(flip_a_bit, "diffusers", "weights", slow=True),
     case(partial(put_into_unet, math.nan), "onnx", "weights", "components", DRAWN, named="nan"),
@@ -1293,7 +1296,7 @@ def test_an_honest_patch_in_the_graph_passes(patched: Path) -> None:
 @pytest.mark.parametrize(
     ("how", "fails"),
     [
-        (patch_nothing, {*IN_GRAPH, *ERASED}),
+        (patch_nothing, {*IN_GRAPH, "weights", *ERASED}),
         pytest.param(patch_neighbours, {*IN_GRAPH, *ERASED}, marks=pytest.mark.slow),
         pytest.param(take_any_height, {"interface", "runs"}, marks=pytest.mark.slow),
         pytest.param(lie_down, {"interface", "runs"}, marks=pytest.mark.slow),
@@ -1310,6 +1313,27 @@ def test_a_patch_that_is_broken_in_the_graph_fails_by_the_right_checks(
     found = verdicts(report, "onnx")
     assert report.verdict == "fail"
     assert {name for name, verdict in found.items() if verdict != "pass"} - KEPT - {"pictures", "detector"} == fails
+
+
+def test_a_graph_that_draws_one_picture_otherwise_than_several_fails(patched: Path, tmp_path: Path) -> None:
+    """With guidance one is a batch of two, and a validation of more draws with larger ones."""
+    folder = Path(shutil.copytree(patched, tmp_path / "it"))
+    with graph(folder, "unet") as opened:
+        zero, two, half = (
+            add_constant(opened, *it) for it in (("zero", np.int64(0)), ("two", np.int64(2)), ("half", np.float32(0.5)))
+        )
+        (last,) = (it for it in opened.node if "out_sample" in it.output)
+        last.output[0] = "of several"
+        opened.node.extend([
+            helper.make_node("Shape", ["sample"], ["shape of sample"]),
+            helper.make_node("Gather", ["shape of sample", zero], ["rows"]),
+            helper.make_node("Equal", ["rows", two], ["is one picture"]),
+            helper.make_node("Mul", ["of several", half], ["of one"]),
+            helper.make_node("Where", ["is one picture", "of one", "of several"], ["out_sample"]),
+        ])  # fmt: skip
+    sign_off(folder)
+    found = verdicts(judged(folder, count=4), "onnx")
+    assert {name for name, verdict in found.items() if verdict == "fail"} == {"components"}
 
 
 @pytest.mark.parametrize("said", [(4, 16), "any"])

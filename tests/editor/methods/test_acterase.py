@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import copy
-import gc
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import diffusers
 import numpy as np
@@ -15,10 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from bakeout.editor.calibrate import PROMPTS_PER_RUN
-from bakeout.editor.edit import Edit, PatchWeightInput, merge
-from bakeout.editor.errors import InputError
-from bakeout.editor.methods import acterase, method
+from bakeout.editor.edit import Edit, PatchWeightInput
+from bakeout.editor.merge import merge
 from bakeout.editor.methods.acterase import NothingToPatchWarning, Settings, calibrate
 from bakeout.editor.model import Model, open_model
 from bakeout.editor.prompts import Pair, prompts_digest
@@ -29,7 +26,6 @@ PAIRS = tuple(Pair(f"a {word} in the style of ink", f"a photo of a {word}") for 
 # Of the tiny model's layers, 64 to 1024 features wide, 10 % is enough for every rule to matter.
 QUICK: dict[str, Any] = {"steps": 3, "tau": 0.1}
 FEATURE: dict[str, Any] = {"granularity": "feature"}
-
 # What is patched, by the ends of the modules' names in the UNet.
 PLACES = {
     "ffn2_input": (".ff.net.2", "input"),
@@ -40,13 +36,6 @@ PLACES = {
 KINDS = {"ffn2_input": "ffn2", "ffn_output": "ffn2", "ffn1_input": "ffn1", "attn": "attn_out"}
 # One look of the UNet at a prompt: by module, what goes in and what comes out, [tokens, d].
 Look = Mapping[str, Mapping[str, np.ndarray]]
-
-
-@pytest.fixture(scope="session")
-def tiny(tiny_model: Path) -> tuple[Model, Any]:
-    """The tiny model in fp64: its two derivations round apart by far less than any two importances."""
-    model = open_model(tiny_model)
-    return model, model.pipeline("cpu", torch.float64)
 
 
 def with_scheduler(pipeline: Any, name: str, **changes: Any) -> Any:
@@ -424,27 +413,6 @@ def test_half_precision_models_work(tiny: tuple[Model, Any], dtype: torch.dtype)
         assert np.abs(found - expected)[mask].max() < 1e-3 * np.abs(expected[mask]).max()
 
 
-def test_activations_that_overflow_are_refused_and_not_kept(tiny: tuple[Model, Any], tmp_path: Path) -> None:
-    model, _ = tiny
-    pipeline = model.pipeline("cpu", torch.float16)
-    with torch.no_grad():
-        model.module(pipeline, model.sites_of("ffn1")[0]).weight.mul_(1e4)
-    for _again in range(2):
-        with pytest.raises(InputError, match=r"unet\.down.*ffn2 are not finite: calibrate in fp32"):
-            calibrate(model, pipeline, "ink", PAIRS[:1], Settings(**QUICK), work=tmp_path)
-        assert list(tmp_path.iterdir()) == []
-
-
-def test_a_target_that_overflows_is_refused(tiny: tuple[Model, Any]) -> None:
-    model, _ = tiny
-    pipeline = model.pipeline("cpu", torch.float32)
-    start = pipeline.tokenizer("@").input_ids[1]
-    with torch.no_grad():
-        pipeline.text_encoder.get_input_embeddings().weight[start] = torch.nan
-    with pytest.raises(InputError, match="are not finite: this model draws nothing with these settings"):
-        calibrate(model, pipeline, "ink", [Pair("a cat @", "a cat")], Settings(**QUICK))
-
-
 @pytest.mark.parametrize(
     "options",
     [{}, {"profile": "portable"}, {"mask_time": "union", "pairs": "union"}, {"trajectory": "independent"},
@@ -475,340 +443,3 @@ def test_the_edit_says_where_it_comes_from_and_survives_a_file(tiny: tuple[Model
     assert Settings(**origin.settings) == chosen
     edit.save(tmp_path / "edit.safetensors")
     assert Edit.load(tmp_path / "edit.safetensors") == edit
-
-
-class Counter:
-    """Counts the calls of a pipeline's UNet and the rows of each while it is open."""
-
-    def __init__(self, pipeline: Any) -> None:
-        self.unet = pipeline.unet
-        self.rows: list[int] = []
-
-    def __enter__(self) -> Self:
-        self.rows.clear()
-        self.handle = self.unet.register_forward_hook(lambda _, inputs, _output: self.rows.append(len(inputs[0])))
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.handle.remove()
-
-
-def test_the_unet_runs_no_more_than_it_must(tiny: tuple[Model, Any]) -> None:
-    model, pipeline = tiny
-    drawn = [2 * PROMPTS_PER_RUN] * 3 * 2
-    for options, looks in (
-        ({}, [4, 1]), ({"mask_time": "mean"}, [4, 1] * 3), ({"mask_time": "union", "pairs": "union"}, [1] * 3 * 5),
-    ):  # fmt: skip
-        with Counter(pipeline) as calls:
-            calibrate(model, pipeline, "ink", PAIRS, Settings(**{**QUICK, **options}))
-        assert calls.rows == drawn + 2 * looks
-    with Counter(pipeline) as calls:
-        calibrate(model, pipeline, "ink", PAIRS, Settings(**QUICK, trajectory="independent", guidance=1))
-    assert calls.rows == [PROMPTS_PER_RUN] * 3 * 4 + 2 * [4, 1]
-
-
-@pytest.mark.parametrize(
-    "options", [{}, {"mask_time": "union"}, {"mask_time": "per_step", "guidance": 1.0}, {"trajectory": "independent"}]
-)
-def test_progress_adds_up_to_one(tiny: tuple[Model, Any], options: dict[str, Any]) -> None:
-    parts: list[float] = []
-    calibrate(*tiny, "ink", PAIRS, Settings(**{**QUICK, **options}), progress=parts.append)
-    assert sum(parts) == pytest.approx(1)
-    assert min(parts) > 0
-
-
-def stop_after(part: float, parts: list[float]) -> Callable[[float], None]:
-    def tell(more: float) -> None:
-        parts.append(more)
-        if sum(parts) > part:
-            raise KeyboardInterrupt
-
-    return tell
-
-
-@pytest.mark.parametrize("options", [{}, {"trajectory": "independent", "mask_time": "per_step"}], ids=said)
-def test_an_interrupted_calibration_goes_on_where_it_was(
-    tiny: tuple[Model, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
-) -> None:
-    model, pipeline = tiny
-    chosen = Settings(**{**QUICK, "steps": 2, "mask_time": "union", "pairs": "union", **options})
-    expected = calibrate(model, pipeline, "ink", PAIRS, chosen)
-    # As if saving took no time: every mask is saved.
-    monkeypatch.setattr(acterase, "monotonic", lambda: 0.0)
-    with Counter(pipeline) as whole:
-        calibrate(model, pipeline, "ink", PAIRS, chosen)
-    run, drawn = chosen.steps * 2 * PROMPTS_PER_RUN, sum(rows for rows in whole.rows if rows > 1)
-    for number, part in enumerate((0.45, 0.7, 0.9)):
-        work = tmp_path / str(number)
-        parts: list[float] = []
-        with pytest.raises(KeyboardInterrupt):
-            calibrate(model, pipeline, "ink", PAIRS, chosen, work=work, progress=stop_after(part, parts))
-        parts.clear()
-        with Counter(pipeline) as calls:
-            resumed = calibrate(model, pipeline, "ink", PAIRS, chosen, work=work, progress=parts.append)
-        assert resumed == expected
-        assert sum(parts) == pytest.approx(1)
-        left, lost = (1 - part) * sum(whole.rows), run if part * sum(whole.rows) < drawn else 2
-        assert 0 < sum(calls.rows) <= left + lost
-
-
-def test_a_finished_calibration_runs_no_network_and_its_drawing_serves_other_masks(
-    tiny: tuple[Model, Any], tmp_path: Path
-) -> None:
-    model, pipeline = tiny
-    calibrate(model, pipeline, "ink", PAIRS, Settings(**QUICK), work=tmp_path)
-    saved = {it.name for it in tmp_path.iterdir()}
-    for options, rows in (
-        ({}, []), ({"profile": "paper", "rows": "conditional"}, []), ({"tau": 0.2}, 2 * [4, 1]),
-        ({"compare": "target"}, 2 * [4, 1]),
-    ):  # fmt: skip
-        chosen = Settings(**{**QUICK, **options})
-        with Counter(pipeline) as calls:
-            again = calibrate(model, pipeline, "ink", PAIRS, chosen, work=tmp_path)
-        assert calls.rows == rows
-        assert again == calibrate(model, pipeline, "ink", PAIRS, chosen)
-    # One drawing, and the masks of three readings.
-    assert len(saved) == 2
-    assert len({*tmp_path.iterdir()}) == 4
-
-
-@pytest.mark.parametrize(
-    "change",
-    ["seed", "size", "steps", "site", "granularity", "scheduler", "mask_time", "trajectory", "calls", "targets",
-     "sources", "weights", "the model's scheduler", "broken"],
-)  # fmt: skip
-def test_what_was_kept_of_something_else_is_not_used(tiny_model: Path, tmp_path: Path, change: str) -> None:
-    model = open_model(tiny_model)
-    pipeline = model.pipeline("cpu", torch.float64)
-    options, pairs = {**QUICK, "steps": 2, "mask_time": "per_step"}, PAIRS[:2]
-    changes: dict[str, Any] = {
-        "seed": 1, "size": (24, 16), "steps": 5, "site": "ffn1_input", "granularity": "feature", "scheduler": "model",
-        "mask_time": "union", "trajectory": "independent", "calls": (1, 2),
-    }  # fmt: skip
-    calibrate(model, pipeline, "ink", pairs, Settings(**options), work=tmp_path)
-    if change in changes:
-        options[change] = changes[change]
-    elif change == "targets":
-        pairs = tuple(Pair(f"{pair.target}!", pair.reference) for pair in pairs)
-    elif change == "sources":
-        pairs = tuple(Pair(pair.target, f"{pair.reference}!") for pair in pairs)
-    elif change == "the model's scheduler":
-        pipeline = with_scheduler(pipeline, "DDIMScheduler", beta_end=0.02)
-    elif change == "weights":
-        with torch.no_grad():
-            pipeline.unet.conv_in.weight[0, 0, 0, 0] += 1
-    else:
-        for saved in tmp_path.iterdir():
-            saved.write_bytes(saved.read_bytes()[:-1])
-    with Counter(pipeline) as calls:
-        found = calibrate(model, pipeline, "ink", pairs, Settings(**options), work=tmp_path)
-    assert len(calls.rows) > 0
-    assert found == calibrate(model, pipeline, "ink", pairs, Settings(**options))
-
-
-def test_saving_takes_a_small_part_of_the_time(tiny: tuple[Model, Any], tmp_path: Path, monkeypatch: Any) -> None:
-    model, pipeline = tiny
-    chosen = Settings(**QUICK, mask_time="union", pairs="union")
-    clock, saved = [0.0], []
-
-    def save(path: Path, done: int, tensors: Mapping[str, Tensor]) -> None:
-        clock[0] += 1.0
-        saved.append(done)
-
-    monkeypatch.setattr(acterase, "save_sums", save)
-    # Each of the fifteen masks takes five seconds, saving them one.
-    monkeypatch.setattr(acterase, "monotonic", lambda: clock[0])
-    monkeypatch.setattr(acterase, "patch_mask", slowed(acterase.patch_mask, clock, len(model.sites_of("ffn2"))))
-    calibrate(model, pipeline, "ink", PAIRS, chosen, work=tmp_path)
-    assert saved == [1, 5, 9, 13, 15]
-
-
-def slowed(function: Callable[..., Any], clock: list[float], sites: int) -> Callable[..., Any]:
-    def run(*args: Any) -> Any:
-        clock[0] += 5 / sites
-        return function(*args)
-
-    return run
-
-
-def test_a_folder_that_cannot_be_written_is_refused(tiny: tuple[Model, Any], tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    with pytest.raises(InputError, match=r"cannot write .*: make room there, or choose another output folder$"):
-        calibrate(*tiny, "ink", PAIRS, Settings(**QUICK), work=tmp_path / "file")
-
-
-def state_of(pipeline: Any) -> Any:
-    networks = (pipeline.unet, pipeline.text_encoder, pipeline.vae)
-    weights = [value.clone() for network in networks for value in network.state_dict().values()]
-    hooks = [(len(module._forward_pre_hooks), len(module._forward_hooks)) for it in networks for module in it.modules()]
-    return weights, hooks, dict(vars(pipeline)), copy.deepcopy(vars(pipeline.scheduler)), torch.get_rng_state()
-
-
-@pytest.mark.parametrize("stops", [0.2, 0.95, 2])
-def test_a_pipeline_comes_out_as_it_went_in(tiny_model: Path, stops: float) -> None:
-    model = open_model(tiny_model)
-    pipeline = model.pipeline("cpu", torch.float32)
-    pipeline.set_progress_bar_config(disable=True, desc="mine")
-    pipeline.scheduler.set_timesteps(7)
-    before = state_of(pipeline)
-    options = {**QUICK, "trajectory": "independent", "site": "ffn_output"}
-    try:
-        calibrate(model, pipeline, "ink", PAIRS, Settings(**options), progress=stop_after(stops, []))
-    except KeyboardInterrupt:
-        assert stops < 1
-    after = state_of(pipeline)
-    assert all(torch.equal(old, new) for old, new in zip(before[0], after[0], strict=True))
-    assert before[1:3] == after[1:3]
-    assert repr(before[3]) == repr(after[3])
-    assert torch.equal(before[4], after[4])
-
-
-def held(model: Model, pipeline: Any, options: Mapping[str, Any]) -> int:
-    """The most bytes of tensors that a calibration holds when the UNet is called, beyond what was there before."""
-    most = [0]
-
-    def look(*_: object) -> None:
-        tensors = [it for it in gc.get_objects() if type(it) is Tensor]
-        most[0] = max(
-            most[0], sum({it.untyped_storage().data_ptr(): it.untyped_storage().nbytes() for it in tensors}.values())
-        )
-
-    gc.collect()
-    # Of what is frozen the collector tells nothing.
-    gc.freeze()
-    try:
-        with pipeline.unet.register_forward_pre_hook(look):
-            calibrate(model, pipeline, "ink", PAIRS, Settings(**{**QUICK, **options}))
-    finally:
-        gc.unfreeze()
-    return most[0]
-
-
-@pytest.mark.parametrize(("mask_time", "pairs"), [("last", "mean"), ("union", "union"), ("mean", "mean")])
-def test_of_activations_only_three_sums_and_the_masks_are_kept(tiny_model: Path, mask_time: str, pairs: str) -> None:
-    model = open_model(tiny_model)
-    pipeline = model.pipeline("cpu", torch.float32)
-    options = {"mask_time": mask_time, "pairs": pairs, "size": (64, 64), "guidance": 1.0}
-    few, many = (held(model, pipeline, {**options, "steps": steps}) for steps in (2, 4))
-    sums = sum(4 * (64 if ".mid." in site.name else 256) * site.d_in for site in model.sites_of("ffn2"))
-    # Twice the latents of each call and pair, and texts.
-    latents, texts = 2 * len(PAIRS) * 4 * 256 * 4, 100_000
-    assert 2 * sums < few < 3.25 * sums + 2 * latents + texts
-    assert many - few < (2 * latents if mask_time != "last" else 0) + sums / 8
-
-
-def test_settings_take_a_profile_and_what_is_given_wins() -> None:
-    paper, portable = Settings(), Settings(profile="portable")
-    assert paper.model_dump() == {
-        "profile": "paper", "site": "ffn2_input", "importance": "column", "signed": False, "tau": 0.01,
-        "tau_mode": "fraction", "tau_scope": "layer", "compare": "source", "granularity": "token", "mask_time": "last",
-        "pairs": "mean", "trajectory": "shared", "rows": "all", "calls": None, "steps": 30, "guidance": 7.5, "seed": 0,
-        "scheduler": "dpm-solver", "size": None,
-    }  # fmt: skip
-    assert portable == Settings(**{**paper.model_dump(), "profile": "portable", "granularity": "feature"})
-    assert Settings(profile="portable", granularity="token").granularity == "token"
-    assert Settings(site="ffn_output").importance == "row"
-    assert Settings(size=[512, 768], calls=[0, 3]) == Settings(size=(512, 768), calls=(0, 3))
-    assert method("acterase").Settings is Settings
-
-
-@pytest.mark.parametrize(
-    "bad",
-    [
-        {"profile": "mine"}, {"profile": ["paper"]}, {"tau": 0}, {"tau": -1}, {"tau": float("nan")}, {"tau": "0.1"},
-        {"tau": float("inf"), "tau_mode": "absolute"}, {"site": "ffn2"}, {"rows": "both"}, {"steps": 0},
-        {"guidance": -1}, {"guidance": float("inf")}, {"seed": -1}, {"seed": 2**63}, {"calls": [1]},
-        {"calls": [0.0, 2]}, {"size": 512}, {"size": [512.0, 512]}, {"size": [512, 512, 512]},
-        {"signed": 1}, {"tao": 0.1},
-    ],
-    ids=str,
-)  # fmt: skip
-def test_bad_settings_are_refused(bad: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="validation error"):
-        Settings(**bad)
-
-
-@pytest.mark.parametrize(
-    ("bad", "message"),
-    [
-        ({"importance": "row"}, 'importance is "row", .* take "column" or "edge"'),
-        ({"site": "ffn_output", "importance": "column"}, 'importance is "column", .* take "row"'),
-        ({"site": "ffn_output", "importance": "edge", **FEATURE}, 'take "row"'),
-        ({"importance": "edge"}, 'a weight is the same at every token: take granularity "feature"'),
-        ({"importance": "edge", **FEATURE, "rows": "conditional"}, 'take importance "column", or rows "all"'),
-        ({"importance": "edge", **FEATURE, "calls": [0, 1]}, "no calls"),
-        ({"importance": "edge", **FEATURE, "mask_time": "per_step"}, "another mask_time"),
-        ({"tau_scope": "token", **FEATURE}, 'take granularity "token"'),
-        ({"tau_scope": "token", "tau_mode": "absolute"}, 'tau_mode "fraction"'),
-        ({"tau": 1.5}, 'take at most 1, or tau_mode "absolute"'),
-        ({"calls": [2, 2]}, "calls has none"),
-        ({"calls": [-1, 2]}, "calls has none"),
-    ],
-)
-def test_settings_that_do_not_go_together_are_refused(bad: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        Settings(**bad)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"tau": 0.0001}, r"tau 0\.0001 is too small: of \d+ importances of unet\.\S+ it takes none; take at least"),
-        ({"tau": 0.01, **FEATURE}, r"of 64 importances of unet\.\S+ it takes none; take at least 0\.015625"),
-        ({"tau": 0.01, "tau_scope": "token"}, "of 64 importances"),
-        ({"tau": 0.01, "site": "ffn_output", **FEATURE}, "of 16 importances"),
-        ({"tau": 0.0001, "importance": "edge", **FEATURE}, "of 1024 importances"),
-        ({"steps": 5000}, "steps is 5000: this model was trained with 1000, so use at most as many"),
-        ({"size": [20, 16]}, "size is 20 x 16, .* in multiples of 8 pixels up to 2048: take 16 x 16"),
-        ({"size": [0, 16]}, "take 8 x 16"),
-        ({"size": [16, -16]}, "take 16 x 8"),
-        ({"size": [4096, 16]}, "take 2048 x 16"),
-        ({"calls": [0, 5]}, "calls ends at 5, but 3 steps make 3 calls of the UNet"),
-    ],
-    ids=str,
-)
-def test_what_does_not_fit_the_model_is_refused_before_any_work(
-    tiny: tuple[Model, Any], options: dict[str, Any], message: str
-) -> None:
-    chosen = Settings(**{**QUICK, **options})
-    with Counter(tiny[1]) as calls:
-        with pytest.raises(InputError, match=message):
-            calibrate(*tiny, "ink", PAIRS, chosen)
-        if "calls" not in options:
-            with pytest.raises(InputError, match=message):
-                acterase.check(*tiny, chosen)
-    assert calls.rows == []
-
-
-def test_no_pairs_are_refused(tiny: tuple[Model, Any]) -> None:
-    with pytest.raises(InputError, match="no prompt pairs"):
-        calibrate(*tiny, "ink", (), Settings(**QUICK))
-
-
-@pytest.mark.parametrize("options", [{"mask_time": "per_step"}, {"calls": [0, 3]}, {"rows": "conditional"}], ids=said)
-def test_what_no_artifact_can_hold_is_not_baked(tiny: tuple[Model, Any], options: dict[str, Any]) -> None:
-    (name,) = options
-    with pytest.raises(InputError, match=f"^{name} is for experiments in Python: an artifact does the same in every"):
-        acterase.check(*tiny, Settings(**{**QUICK, **options}))
-
-
-def test_what_can_be_baked_is_not_refused(tiny: tuple[Model, Any], folders: Callable[[str], Path]) -> None:
-    with Counter(tiny[1]) as calls:
-        acterase.check(*tiny, Settings(tau=0.02, size=(2048, 8)))
-        acterase.check(*tiny, Settings(tau=1e-9, tau_mode="absolute", **FEATURE))
-    assert calls.rows == []
-    xl = open_model(folders("sdxl"))
-    acterase.check(xl, xl.pipeline("cpu", torch.float32), Settings(site="attn", tau=0.1))
-
-
-def test_only_features_at_every_token_fold() -> None:
-    assert acterase.unfoldable(Settings()) == "its mask differs from token to token"
-    assert acterase.unfoldable(Settings(site="ffn_output")) is not None
-    assert acterase.unfoldable(Settings(profile="portable")) is None
-    assert acterase.unfoldable(Settings(importance="edge", **FEATURE)) is None
-
-
-@pytest.mark.parametrize("kind", acterase.PUBLISHED)
-def test_published_settings_are_settings(kind: str) -> None:
-    assert acterase.PUBLISHED[kind]
-    assert all(Settings(**given) for given in acterase.PUBLISHED[kind].values())

@@ -50,13 +50,6 @@ ENDINGS = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="session")
-def tiny(tiny_model: Path) -> tuple[Model, Any]:
-    """The tiny model in fp64: its two derivations round apart by far less than any two scores."""
-    model = open_model(tiny_model)
-    return model, model.pipeline("cpu", torch.float64)
-
-
 def with_scheduler(pipeline: Any, name: str, **changes: Any) -> Any:
     own = copy.copy(pipeline)
     own.scheduler = getattr(diffusers, name).from_config(pipeline.scheduler.config, **changes)

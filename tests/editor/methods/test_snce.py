@@ -18,8 +18,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from bakeout.editor.calibrate import PROMPTS_PER_RUN
-from bakeout.editor.edit import Edit, ShiftActivation, SteerLatents, merge
+from bakeout.editor.edit import Edit, ShiftActivation, SteerLatents
 from bakeout.editor.errors import InputError
+from bakeout.editor.merge import merge
 from bakeout.editor.methods import method, snce
 from bakeout.editor.methods.snce import (
     FewNeuronsWarning,
@@ -61,13 +62,6 @@ def random_autoencoder(width: int, site: str = SITE, seed: int = 0, **changes: A
         ),
         **changes,
     )  # fmt: skip
-
-
-@pytest.fixture(scope="session")
-def tiny(tiny_model: Path) -> tuple[Model, Any]:
-    """The tiny model in fp64: its two derivations round apart by far less than any two preactivations."""
-    model = open_model(tiny_model)
-    return model, model.pipeline("cpu", torch.float64)
 
 
 @pytest.fixture(scope="session")
