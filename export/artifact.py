@@ -257,9 +257,10 @@ class Artifact:
         if DIFFUSERS in self.manifest.targets:
             return self.model, None
         if base is None or not self.matches(base):
+            given = "" if base is None else f", and {base.source} is not the model that was edited"
             raise InputError(
-                f"{self.folder} has no {DIFFUSERS}/ of which a target could be made: give the model "
-                f"{self.manifest.base.name!a:.200} that was edited"
+                f"{self.folder} has no {DIFFUSERS}/ of which a target could be made{given}: give the model that was "
+                f"edited, which was called {self.manifest.base.name!a:.200}"
             )
         from bakeout.export.lower import lower_onto
 

@@ -290,19 +290,13 @@ def test_an_interrupted_user_is_told_what_is_kept_only_if_it_is(
     assert ended("bakeout.editor.calibrate.observe", KeyboardInterrupt()) == (130, "Interrupted.\n")
 
 
-def test_warnings_come_before_what_ended_the_bake(
-    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(*_: object) -> None:
-        raise InputError("no")
-
-    monkeypatch.setattr("bakeout.recipe.write_artifact", refuse)
+def test_warnings_come_before_what_ended_the_bake(tmp_path: Path, tiny_model: Path) -> None:
     (tmp_path / "recipe.toml").write_text(recipe_text(tiny_model, "thing"))
     done = invoke("bake", tmp_path / "recipe.toml", "-o", tmp_path / "made", "--device", "cpu")
     assert done.exit_code == 2
     first, second, *_ = done.stderr.splitlines()
     assert first.startswith("Warning: no weight is skilled for 'thing'")
-    assert second == "Error: no"
+    assert second.startswith("Error: edits[0] (concept 'thing'): there is nothing to erase")
 
 
 def test_another_method_bakes_as_well(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -374,13 +368,22 @@ def test_what_is_left_out_and_a_variant_are_told(tiny_model: Path, tmp_path: Pat
     assert 'with variant="fp16"' in done.stdout
 
 
-def test_a_concept_like_its_reference_is_warned_about(tiny_model: Path, tmp_path: Path) -> None:
-    (tmp_path / "recipe.toml").write_text(recipe_text(tiny_model, "thing"))
+def test_nothing_to_erase_is_no_artifact(tiny_model: Path, tmp_path: Path) -> None:
+    other = recipe_text(tiny_model, "thing").split("\n", 1)[1]
+    for text in (recipe_text(tiny_model, "thing"), "\n".join([recipe_text(tiny_model), other])):
+        (tmp_path / "recipe.toml").write_text(text)
+        done = invoke("bake", tmp_path / "recipe.toml", "-o", tmp_path / "made", "--device", "cpu")
+        assert done.exit_code == 2
+        assert done.stderr.startswith("Warning: ")
+        assert "(concept 'thing'): there is nothing to erase by these prompts and settings" in done.stderr
+        assert not (tmp_path / "made").exists()
+
+
+def test_an_artifact_is_no_base(once: Path, tmp_path: Path) -> None:
+    (tmp_path / "recipe.toml").write_text(recipe_text(once))
     done = invoke("bake", tmp_path / "recipe.toml", "-o", tmp_path / "made", "--device", "cpu")
-    assert done.exit_code == 0, done.output
-    assert done.stderr.startswith("Warning: ")
-    assert "The edit changes no weight" in done.stdout
-    assert invoke("inspect", tmp_path / "made").exit_code == 0
+    assert done.exit_code == 2
+    assert f"is an artifact of bakeout: give {once / 'diffusers'} to edit it further, or" in done.stderr
 
 
 def test_inspect_draws_a_chart(once: Path, tmp_path: Path) -> None:

@@ -44,6 +44,12 @@ def test_a_target_is_written_again_when_told(copy: Path, monkeypatch: pytest.Mon
     assert totals == [(1, "exporting")] * 2
 
 
+def test_a_width_that_cannot_shrink_is_told(copy: Path) -> None:
+    written = invoke("export", copy, "--target", "onnx", "--force", "--shrink", "8")
+    assert written.exit_code == 0
+    assert written.stdout.startswith("No hidden unit is left out: in no FFN does the edit make enough of them constant")
+
+
 def test_a_broken_target_is_written_again_when_told(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = (copy / "bakeout.json").read_bytes()
     shutil.rmtree(copy / "onnx")

@@ -150,12 +150,12 @@ class Settings(BaseModel):
     pairs: Literal["mean", "union"] = "mean"
     trajectory: Literal["shared", "independent"] = "shared"
     rows: Literal["all", "conditional"] = "all"
-    calls: Annotated[tuple[int, int], Field(strict=False)] | None = None
+    calls: Annotated[tuple[int, int], Field(strict=False)] | None = Field(default=None, description="[first, end]")
     steps: int = Field(default=30, ge=1)
     guidance: float = Field(default=7.5, ge=0, allow_inf_nan=False)
     seed: int = Field(default=0, ge=0, lt=2**63)
     scheduler: Literal["dpm-solver", "model"] = "dpm-solver"
-    size: Annotated[tuple[int, int], Field(strict=False)] | None = None
+    size: Annotated[tuple[int, int], Field(strict=False)] | None = Field(default=None, description="[width, height]")
 
     @model_validator(mode="before")
     @classmethod
@@ -191,7 +191,7 @@ class Settings(BaseModel):
             raise InputError(f'tau is {self.tau:g}, more than all: take at most 1, or tau_mode "absolute"')
         if self.calls is not None and not 0 <= self.calls[0] < self.calls[1]:
             raise InputError(
-                "calls has none: give the first one, from 0, and the first one after the last, [first, end]"
+                "calls holds no call: give the first one, from 0, and the first one after the last, [first, end]"
             )
         return self
 
@@ -213,14 +213,14 @@ def check(model: Model, pipeline: Any, settings: Settings, *, folder: Path = Pat
         InputError: a size that the model does not draw, more steps than it was trained with, a τ too small for a layer,
             or `mask_time = "per_step"`, `calls` or `rows = "conditional"`.
     """
-    for name, given, usual in (
-        ("mask_time", settings.mask_time == "per_step", '"last", "union" or "mean"'),
-        ("calls", settings.calls is not None, "none"),
-        ("rows", settings.rows == "conditional", '"all"'),
+    for name, given, cure in (
+        ("mask_time", settings.mask_time == "per_step", 'take "last", "union" or "mean"'),
+        ("calls", settings.calls is not None, "leave it out"),
+        ("rows", settings.rows == "conditional", 'take "all"'),
     ):
         if given:
             raise InputError(
-                f"{name} is for experiments in Python: an artifact does the same in every call and row; take {usual}"
+                f"{name} is for experiments in Python: an artifact does the same in every call and row; {cure}"
             )
     _plan(model, pipeline, settings)
 

@@ -372,6 +372,11 @@ def export(folder: Path, target: str, base: str | None, shrink: int | None, forc
     size = sum(file.bytes for name, file in artifact.manifest.files.items() if name.startswith(f"{target}/"))
     if widths := describe_widths(artifact.manifest):
         click.echo(widths)
+    elif shrink:
+        click.echo(
+            f"No hidden unit is left out: in no FFN does the edit make enough of them constant, at every token, for a "
+            f"smaller width that is a multiple of {shrink}."
+        )
     click.echo(f"{folder / target} is written ({size / 1e6:,.0f} MB): draw with bakeout generate {quote(str(folder))}")
 
 

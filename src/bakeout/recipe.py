@@ -62,7 +62,8 @@ class Recipe(_Recipe):
             progress: called with the part, of one an edit and one a target but `diffusers`, that was just done.
 
         Raises:
-            InputError: recipe, model and folder do not go together, or the folder cannot be written.
+            InputError: recipe, model and folder do not go together, a method finds nothing to erase, or the folder
+                cannot be written.
         """
         from bakeout.export.lower import lower_onto
 
@@ -117,12 +118,17 @@ class Recipe(_Recipe):
             for number, (edit, pairs) in enumerate(zip(self.edits, prompts, strict=True)):
                 with refusing(number, edit):
                     calibrate, settings = method(edit.method).calibrate, edit.method_settings()
-                    found.append(
-                        calibrate(
-                            model, pipeline, edit.concept, pairs, settings,
-                            folder=self.folder, work=work, progress=progress,
-                        )
+                    one = calibrate(
+                        model, pipeline, edit.concept, pairs, settings,
+                        folder=self.folder, work=work, progress=progress,
                     )  # fmt: skip
+                    if not one.operations:
+                        raise InputError(
+                            "there is nothing to erase by these prompts and settings, and an artifact would draw it as "
+                            "before: take target prompts that have the concept and reference prompts without it, or "
+                            "settings that take more"
+                        )
+                    found.append(one)
         except torch.OutOfMemoryError as error:
             smaller = "--dtype fp16 or " if dtype == "fp32" else ""
             raise InputError(

@@ -64,8 +64,8 @@ def test_bad_settings_are_refused(bad: dict[str, Any]) -> None:
         ({"tau_scope": "token", **FEATURE}, 'take granularity "token"'),
         ({"tau_scope": "token", "tau_mode": "absolute"}, 'tau_mode "fraction"'),
         ({"tau": 1.5}, 'take at most 1, or tau_mode "absolute"'),
-        ({"calls": [2, 2]}, "calls has none"),
-        ({"calls": [-1, 2]}, "calls has none"),
+        ({"calls": [2, 2]}, "calls holds no call"),
+        ({"calls": [-1, 2]}, "calls holds no call"),
     ],
 )
 def test_settings_that_do_not_go_together_are_refused(bad: dict[str, Any], message: str) -> None:
