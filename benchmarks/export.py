@@ -30,7 +30,8 @@ from torch import Tensor
 
 from bakeout.editor.model import Model, open_model
 from bakeout.editor.weights import load_module
-from bakeout.export.onnx import OPSET, Graph, graphs_of, write_onnx
+from bakeout.export.graphs import Graph, graphs_of
+from bakeout.export.onnx import OPSET, write_onnx
 from bakeout.validate.metrics import relative_rms
 
 STAGES = ("ours", "theirs", "eager", "run")

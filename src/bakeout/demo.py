@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Callable
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,12 +13,12 @@ from bakeout.editor.errors import InputError
 from bakeout.recipe import Recipe
 
 if TYPE_CHECKING:
-    from bakeout.validate.report.schema import Report, Scene
+    from bakeout.validate.report.schema import Report
 
 RECIPE = """\
 # What `bakeout demo` erases from the built-in model: an object and a style by pruning its UNet, a colour by taking a
-# neuron out of its text encoder, and a background by holding what draws it, in some places, at what is there without
-# it. No weight can hold the last two, so there are graphs alone.
+# neuron out of its text encoder, and a background by holding the UNet's hidden units that draw it at what they are
+# without it. No weight can hold what the neuron does, so there are graphs alone.
 version = 1
 model = "shapes"
 targets = ["onnx"]
@@ -43,19 +44,17 @@ settings = { activations = "prompt", strength = 1.0 }
 [[edits]]
 method = "acterase"
 concept = "night"
-prompts.target = "a {look} at {concept}"
-prompts.reference = "a {look}"
-prompts.lists.look = [
-    "plain red circle", "striped orange square", "dotted yellow triangle", "checkered green star",
-    "plain cyan cross", "striped blue ring", "dotted purple heart", "checkered pink moon",
-]
+profile = "portable"
+prompts.target = "a {colour} shape at {concept}"
+prompts.reference = "a {colour} shape"
+prompts.lists.colour = ["red", "orange", "yellow", "green", "cyan", "blue", "purple", "pink"]
 settings = { compare = "target", mask_time = "mean", tau = 0.03 }
 """
 COUNT = 32
 # Of `bake`'s progress: four edits and one target.
 BAKES = 5
-# Scenes in the picture: of each kind, and how the models' rows are called.
-_SHOWN = 4
+# Scenes in the picture: of each concept and without one, and how the models' rows are called.
+_ERASED, _KEPT = 2, 4
 _ROWS = {"base": "shapes", "reference": "erased,\nPyTorch hooks", "onnx": "erased,\nONNX Runtime"}
 
 
@@ -97,26 +96,20 @@ def write_picture(report: Report, home: Path, path: Path) -> None:
     from PIL import Image
 
     # The prompts with what was erased have its concepts in turn.
-    erased = _first(report, "erased")
-    shown = [*zip(erased, report.erased, strict=False), *((scene, "kept") for scene in _first(report, "kept"))]
-    figure = Figure(figsize=(1.35 * len(shown) + 0.6, 5.2), dpi=100, layout="constrained")
+    above = [*report.erased] * _ERASED
+    erased, kept = ([it for it in report.scenes if it.kind == kind] for kind in ("erased", "kept"))
+    shown = sorted(zip(above, erased, strict=False), key=itemgetter(0))
+    shown += [("kept", scene) for scene in kept[:_KEPT]]
+    figure = Figure(figsize=(1.3 * len(shown) + 0.6, 4.9), dpi=100, layout="constrained")
     FigureCanvasAgg(figure)
     for row, axes_of_row in enumerate(figure.subplots(len(_ROWS), len(shown), squeeze=False)):
         model, label = list(_ROWS.items())[row]
         axes_of_row[0].set_ylabel(label, fontsize=9)
-        for axes, (scene, above) in zip(axes_of_row, shown, strict=True):
+        for axes, (what, scene) in zip(axes_of_row, shown, strict=True):
             axes.set(xticks=[], yticks=[])
             if row == 0:
-                lines = textwrap.wrap(scene.prompt, 16)
-                axes.set_title("\n".join(lines), fontsize=8, parse_math=False)
-                axes.annotate(
-                    above,
-                    (0.5, 1.5),
-                    xycoords="axes fraction",
-                    ha="center",
-                    fontsize=8,
-                    weight="bold",
-                    parse_math=False,
+                axes.set_title(
+                    "\n".join([*_lines(what, 14, 2), *_lines(scene.prompt, 16, 3)]), fontsize=8, parse_math=False
                 )
             if model in scene.drawn:
                 with Image.open(home / scene.drawn[model].file) as picture:
@@ -125,5 +118,7 @@ def write_picture(report: Report, home: Path, path: Path) -> None:
     figure.savefig(path, metadata={"Software": None})
 
 
-def _first(report: Report, kind: str) -> list[Scene]:
-    return [scene for scene in report.scenes if scene.kind == kind][:_SHOWN]
+def _lines(text: str, width: int, count: int) -> list[str]:
+    """So many lines for every text, so that what is above them stands at one height."""
+    lines = textwrap.wrap(text, width, max_lines=count)
+    return [*lines, *[""] * (count - len(lines))]
