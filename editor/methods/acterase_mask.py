@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import math
-from fractions import Fraction
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from bakeout.editor.errors import InputError
-from bakeout.editor.methods.selection import largest
+from bakeout.editor.methods.selection import count_of, largest
 
 Importance = Literal["column", "row", "edge"]
 TauMode = Literal["fraction", "absolute"]
@@ -85,11 +82,4 @@ def patch_mask(
 
 def passing_count(tau: float, of: int, layer: str) -> int:
     """floor(τ · n), of a layer that an error names."""
-    count = math.floor(Fraction(str(tau)) * of)
-    if not count:
-        # Rounded up, to what can be typed and works.
-        smallest = math.ceil(1e6 / of) / 1e6
-        raise InputError(
-            f"tau {tau:g} is too small: of {of} importances of {layer} it takes none; take at least {smallest:g}"
-        )
-    return count
+    return count_of(tau, of, "tau", f"{of} importances of {layer}")

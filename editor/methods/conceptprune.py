@@ -20,7 +20,7 @@ from torch import Tensor
 from bakeout.editor.calibrate import Half, Sampling, call_timesteps, fingerprint, sum_over_prompts
 from bakeout.editor.edit import Edit, Origin, PatchWeightInput
 from bakeout.editor.errors import InputError
-from bakeout.editor.methods.selection import largest
+from bakeout.editor.methods.selection import count_of, largest
 from bakeout.editor.model import Model
 from bakeout.editor.prompts import Pair, prompts_digest
 
@@ -276,15 +276,7 @@ def _wide(tensor: Tensor) -> torch.dtype:
 
 def _count(sparsity: float, d_in: int, layer: str) -> int:
     """floor(k · d_in), of a layer that an error names."""
-    count = math.floor(Fraction(str(sparsity)) * d_in)
-    if not count:
-        # Rounded up, to what can be typed and works.
-        smallest = math.ceil(1e6 / d_in) / 1e6
-        raise InputError(
-            f"sparsity {sparsity:g} is too small: of the {d_in} weights in a row of {layer} it takes none; "
-            f"take at least {smallest:g}"
-        )
-    return count
+    return count_of(sparsity, d_in, "sparsity", f"the {d_in} weights in a row of {layer}")
 
 
 def _moments(pipeline: Any, settings: Settings) -> tuple[int, ...]:
