@@ -72,9 +72,13 @@ def test_the_wheel_holds_every_source_file_and_no_link(root, archives):
         f"bakeout/{path.relative_to(package).as_posix()}"
         for top in (package, *(package / folder for folder in FOLDERS))
         for path in top.rglob("*")
-        if path.is_file() and path.suffix in (".py", ".css", ".json", ".txt", ".gz", ".safetensors", ".typed")
+        if path.is_file()
+        and (
+            path.parent.name == "csrc"
+            or path.suffix in (".py", ".css", ".json", ".txt", ".gz", ".safetensors", ".typed")
+        )
     }
-    assert "bakeout/editor/errors.py" in sources
+    assert {"bakeout/editor/errors.py", "bakeout/kernels/csrc/masked_geglu.cu"} <= sources
     assert not sources - files.keys()
     assert not [name for name, entry in files.items() if entry.external_attr >> 28 == 0o12]
     assert not [name for name in files if not name.startswith("bakeout") or name.endswith(".pyc")]
@@ -85,7 +89,8 @@ def test_the_wheel_holds_every_source_file_and_no_link(root, archives):
 def test_the_source_archive_holds_files_and_no_link(archives):
     with tarfile.open(archives[0]) as sdist:
         entries = {entry.name.partition("/")[2]: entry for entry in sdist.getmembers()}
-    assert {"pyproject.toml", "LICENSE", "README.md", "src/bakeout/editor/errors.py"} <= entries.keys()
+    files = {"pyproject.toml", "LICENSE", "README.md", "src/bakeout/editor/errors.py"}
+    assert files | {"src/bakeout/kernels/csrc/masked_geglu.cu"} <= entries.keys()
     assert not [name for name, entry in entries.items() if entry.issym() or entry.islnk()]
 
 
