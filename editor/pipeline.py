@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from bakeout.editor.errors import InputError
@@ -17,10 +18,23 @@ if TYPE_CHECKING:
 _SETTINGS = {"sdxl": ("force_zeros_for_empty_prompt",)}
 
 
-def load_pipeline(model: Model, device: str | torch.device, dtype: torch.dtype | None) -> Any:
-    """See `Model.pipeline`."""
+def load_pipeline(
+    model: Model,
+    device: str | torch.device,
+    dtype: torch.dtype | None,
+    changed: Mapping[str, Mapping[str, torch.Tensor]] = MappingProxyType({}),
+) -> Any:
+    """See `Model.pipeline`. `changed` are by component what takes the place of stored tensors, by their names."""
     networks = {
-        name: load_module(component.class_name, component.config, component.tensors, component.locations, device, dtype)
+        name: load_module(
+            component.class_name,
+            component.config,
+            component.tensors,
+            component.locations,
+            device,
+            dtype,
+            changed.get(name, {}),
+        )
         for name, component in model.components.items()
     }
     return make_pipeline(networks, model.parts, model.index, model.family)

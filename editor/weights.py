@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from bakeout.editor.architecture import build
@@ -27,10 +28,12 @@ def load_module(
     locations: Mapping[str, Location],
     device: str | torch.device,
     dtype: torch.dtype | None,
+    changed: Mapping[str, torch.Tensor] = MappingProxyType({}),
 ) -> torch.nn.Module:
     """The module with its weights on `device`, in the dtypes in which they are stored unless `dtype` is given.
 
-    `locations` says of each parameter, by its name in memory, where among `tensors` it lies.
+    `locations` says of each parameter, by its name in memory, where among `tensors` it lies. `changed` are tensors that
+    take the place of stored ones, by their names and in their shapes.
     """
     from safetensors import safe_open
 
@@ -40,9 +43,12 @@ def load_module(
             file: stack.enter_context(safe_open(file, framework="pt")) for file in {t.file for t in tensors.values()}
         }
         state = {
-            name: _read(files[tensors[location.tensor].file], location, module.get_parameter(name).shape).to(
-                device=device, dtype=dtype
-            )
+            name: _read(
+                files[tensors[location.tensor].file],
+                changed.get(location.tensor),
+                location,
+                module.get_parameter(name).shape,
+            ).to(device=device, dtype=dtype)
             for name, location in locations.items()
         }
         module.load_state_dict(state, strict=True, assign=True)
@@ -50,13 +56,14 @@ def load_module(
     return module.eval()
 
 
-def _read(file: Any, location: Location, shape: torch.Size) -> torch.Tensor:
+def _read(file: Any, changed: torch.Tensor | None, location: Location, shape: torch.Size) -> torch.Tensor:
     tensor: torch.Tensor
     if location.change == "third":
         rows = shape[0]
-        tensor = file.get_slice(location.tensor)[location.part * rows : (location.part + 1) * rows]
+        whole = file.get_slice(location.tensor) if changed is None else changed
+        tensor = whole[location.part * rows : (location.part + 1) * rows]
     else:
-        tensor = file.get_tensor(location.tensor)
+        tensor = file.get_tensor(location.tensor) if changed is None else changed
     if location.change == "transposed":
         return tensor.T.contiguous()
     return tensor.reshape(shape) if location.change == "pointwise" else tensor

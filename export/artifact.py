@@ -58,7 +58,7 @@ EDIT = "edit.safetensors"
 DIFFUSERS: Final = "diffusers"
 ONNX: Final = "onnx"
 TARGETS = (DIFFUSERS, ONNX)
-# What draws with an artifact, and from which of its targets.
+# What draws with an artifact, and from which of its targets; torch can do with the base instead.
 RUNTIMES = {"torch": DIFFUSERS, "onnxruntime": ONNX}
 # In the folder of a validation's report, when the artifact has changed since.
 STALE = "STALE"
@@ -150,8 +150,16 @@ class Artifact:
         device: str | torch.device = "cpu",
         dtype: torch.dtype | None = None,
         sessions: SessionSettings | None = None,
+        base: Model | str | os.PathLike[str] | None = None,
+        kernels: str | None = None,
+        compile: bool = False,  # noqa: A002 - what torch calls it
     ) -> Any:
         """The pipeline of diffusers with the baked weights, as `Model.pipeline` makes it.
+
+        PyTorch draws from `diffusers/`, where the edit costs nothing. Where there is none, because an operation does
+        not fold into weights, it draws from the base: what folds lies in the weights and costs nothing, and each of the
+        others is a module at what it edits. A patch in the GEGLU of an FFN is one operator with the Linear before it,
+        which a fused kernel computes.
 
         While it draws it refuses, with InputError, every `clip_skip` that reads hidden states before the edit, and
         every size but `size`, which is its default.
@@ -161,27 +169,32 @@ class Artifact:
             device: of torch.
             dtype: of torch; None keeps the dtypes as stored.
             sessions: of ONNX Runtime; None is the CPU.
+            base: of torch, where there is no `diffusers/`: the model that was edited, or where it is; None opens a
+                built-in model or one of the hub by its name. All of its weights are compared with the artifact's
+                record.
+            kernels: of torch, where an operator is left to a GEGLU: `reference`, `triton` or `cuda`, and never another
+                than that; None is `triton` on a CUDA device, else `reference`.
+            compile: of torch: compile the UNet when it is first called, which takes minutes once.
 
         Raises:
             InputError: another runtime, one that is not installed or whose target the artifact lacks, settings of
-                another runtime, or files that do not load.
+                another runtime or that are not used, a kernel that cannot run here, a base that is missing or another,
+                a value of the edit beyond what the dtype holds, or files that do not load.
         """
         if runtime not in RUNTIMES:
             raise InputError(f"{runtime!a:.50} is no runtime; choose from {', '.join(RUNTIMES)}")
-        target = RUNTIMES[runtime]
-        if target == DIFFUSERS and target not in self.manifest.targets:
-            raise InputError(f"{self._no_diffusers()}; load it with runtime='onnxruntime'")
-        if target not in self.manifest.targets:
-            command = f"bakeout export {quote(str(self.folder))} --target {target}"
-            raise InputError(f"{self.folder} has no {target}/; run `{command}`")
         if runtime == "torch":
             if sessions is not None:
                 raise InputError("torch has no sessions; leave their settings out, or load with onnxruntime")
-            from bakeout.export.hidden_states import guard
+            from bakeout.export.torch_pipeline import load_torch_pipeline
 
-            pipeline = self.model.pipeline(device, dtype)
-            guard(pipeline, self.manifest.validity.hidden_states)
-            return pipeline
+            return load_torch_pipeline(self, device, dtype, base=base, kernels=kernels, compiled=compile)
+        target = RUNTIMES[runtime]
+        if target not in self.manifest.targets:
+            command = f"bakeout export {quote(str(self.folder))} --target {target}"
+            raise InputError(f"{self.folder} has no {target}/; run `{command}`")
+        if base is not None or kernels is not None or compile:
+            raise InputError("base, kernels and compile are torch's; leave them out, or load with torch")
         if str(device) != "cpu" or str(dtype) not in ("None", "torch.float32"):
             raise InputError("device and dtype are torch's; leave them out, and choose ONNX Runtime's providers")
         from bakeout.export.onnx_pipeline import load_onnx_pipeline

@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 from types import MappingProxyType
 from typing import Any, cast
 
@@ -25,7 +23,7 @@ from bakeout.editor.model import Component, Model
 from bakeout.editor.weights import make_position_ids
 from bakeout.export.patch import SitePatch, put_patches
 from bakeout.export.shrink import Cut, narrow
-from bakeout.export.steer import SiteEdit
+from bakeout.export.steer import SiteEdit, prompt_length, steering
 
 # Keys of a configuration that tell of somebody's machine, or of the dtype that the weights had before.
 LOCAL = ("_name_or_path", "dtype", "torch_dtype")
@@ -98,19 +96,9 @@ class _TextEncoder(Module):
         self._hidden_states = hidden_states
 
     def forward(self, input_ids: Tensor) -> tuple[Tensor, ...]:
-        with ExitStack() as stack:
-            for edit in cast(Sequence[SiteEdit], self.edits):
-                module = self.network.get_submodule(edit.site.module)
-                hook = partial(_edited_output, edit, input_ids)
-                # Before the library's own, which records hidden states, but after a patch.
-                first = edit.site.kind == "text_layer"
-                stack.callback(module.register_forward_hook(hook, prepend=first).remove)
+        with steering(self.network, cast(Sequence[SiteEdit], self.edits), input_ids):
             output = self.network(input_ids, output_hidden_states=self._hidden_states)
         return (*(output[name] for name in self._first), *(output.hidden_states if self._hidden_states else ()))
-
-
-def _edited_output(edit: SiteEdit, input_ids: Tensor, _module: Module, _args: object, output: Tensor) -> Tensor:
-    return cast(Tensor, edit(output, input_ids))
 
 
 class _UNet(Module):
@@ -183,7 +171,8 @@ def _text_graph(
     edits: Sequence[SiteEdit | SitePatch],
 ) -> Graph:
     longest = config["max_position_embeddings"]
-    length = _length(edits)
+    # Static: ONNX Runtime would broadcast one token to a constant's.
+    length = prompt_length(edits)
     if length is not None and length > longest:
         raise InputError(
             f"the Edit of the {component.name} is for {length} tokens where the model has {longest}; use the model "
@@ -199,11 +188,6 @@ def _text_graph(
     outputs |= {f"hidden_states.{layer}": tokens for layer in range(states)}
     ids = Input((2, length or longest), tokens, dtype=torch.int64)
     return Graph(component.name, component, config, module, {"input_ids": ids}, outputs)
-
-
-def _length(edits: Sequence[SiteEdit | SitePatch]) -> int | None:
-    """The number of tokens of prompts, where it must be static: ONNX Runtime would broadcast one to a constant's."""
-    return next((edit.tokens for edit in edits if edit.tokens is not None), None)
 
 
 def _unet_graph(
@@ -224,7 +208,7 @@ def _unet_graph(
         if height == width:
             # What pipelines draw at unless told otherwise; not all of them can read two sides there.
             config = {**config, "sample_size": height}
-    length = _length(edits)
+    length = prompt_length(edits)
     # Any number of tokens will do.
     tokens = batch if length is not None else {**batch, 1: "sequence_length"}
     inputs = {

@@ -133,6 +133,11 @@ def touched_tensors(edit: Edit, sites: Mapping[str, Site]) -> dict[str, set[str]
     return dict(touched)
 
 
+def left_to_graph(edit: Edit, sites: Mapping[str, Site]) -> tuple[Operation, ...]:
+    """The operations that `lower` leaves to the graph; raises what `lower` raises for the Edit alone."""
+    return tuple(it for plan in _plans(edit, sites) for it, _ in plan.kept)
+
+
 @dataclass(frozen=True)
 class _Plan:
     """What is done at one Linear: which operations fold into it, and why each of the others does not."""

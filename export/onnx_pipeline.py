@@ -40,6 +40,7 @@ from bakeout.editor.model_files import read_json
 from bakeout.editor.pipeline import make_pipeline
 from bakeout.export.hidden_states import guard
 from bakeout.export.one_size import check_static, hold_to
+from bakeout.export.op_library import KERNELS, op_library
 
 GRAPH = "model.onnx"
 EXPORT_AGAIN = "export the model again"
@@ -75,9 +76,11 @@ class SessionSettings:
             CPU the UNet of `shapes` an eighth, its VAE decoder a third.
         memory_pattern: plan a call's memory as a whole when its shapes have been seen before. ONNX Runtime does so by
             default; that UNet is 3 % faster with it, and the arena of that VAE at 512 px 1.8 times as large.
+        kernels: what computes operators of ours (`bakeout.export.custom_ops`): `library`, our library of kernels;
+            `function`, their bodies in the file, as in any other runtime; or `auto`, the library if it can be had.
 
     Raises:
-        InputError: no provider, options for another one, or less than one thread.
+        InputError: no provider, options for another one, less than one thread, or no such kernels.
     """
 
     providers: tuple[str, ...] = ("CPUExecutionProvider",)
@@ -85,6 +88,7 @@ class SessionSettings:
     threads: int | None = None
     arena: bool = True
     memory_pattern: bool = False
+    kernels: str = "auto"
 
     def __post_init__(self) -> None:
         if not self.providers:
@@ -93,6 +97,8 @@ class SessionSettings:
             raise InputError(f"there are options for {unused[0]!a:.100}, which is not among the providers; add it")
         if self.threads is not None and self.threads < 1:
             raise InputError(f"threads is {self.threads}: it must be 1 or more")
+        if self.kernels not in KERNELS:
+            raise InputError(f"ONNX Runtime has no kernels {self.kernels!a:.50}; choose from {', '.join(KERNELS)}")
 
 
 class OnnxGraph:
@@ -105,7 +111,7 @@ class OnnxGraph:
         settings: of the session.
 
     Raises:
-        InputError: it does not load, or has other inputs and outputs.
+        InputError: it does not load, or has other inputs and outputs, or the kernels asked for are not there.
     """
 
     def __init__(
@@ -285,7 +291,7 @@ def load_onnx_pipeline(
             a UNet for latents of another size.
     """
     settings = settings or SessionSettings()
-    _check_providers(settings)
+    check_providers(settings)
     index = read_json(folder / "model_index.json")
     text = {name: _config(folder, name) for name in ("text_encoder", "text_encoder_2") if _class(index, name)}
     unet, vae = _config(folder, "unet"), _vae_config(folder)
@@ -363,7 +369,8 @@ def _onnxruntime() -> Any:
     return onnxruntime
 
 
-def _check_providers(settings: SessionSettings) -> None:
+def check_providers(settings: SessionSettings) -> None:
+    """Raise InputError if ONNX Runtime, or a provider, is not installed."""
     available = _onnxruntime().get_available_providers()
     for name in settings.providers:
         if name not in available:
@@ -380,6 +387,8 @@ def _session(path: Path, settings: SessionSettings) -> Any:
     options.enable_mem_pattern = settings.memory_pattern
     if settings.threads is not None:
         options.intra_op_num_threads = settings.threads
+    if library := op_library([path], settings):
+        options.register_custom_ops_library(str(library))
     providers = [(name, dict(settings.provider_options.get(name, {}))) for name in settings.providers]
     try:
         session = onnxruntime.InferenceSession(path, options, providers=providers)

@@ -11,7 +11,7 @@ activation (`bakeout.kernels.reference.masked_geglu`), elsewhere an operation of
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from math import prod
 from typing import Any, cast
 
@@ -28,16 +28,41 @@ from bakeout.kernels.ops import masked_geglu
 _READS_TEXT = ("attn_key", "attn_value")
 
 
-class SitePatch(Module):
-    """The patch of a Linear's input or output x [batch, tokens, d]: where(M, v, x).
-
-    Where `is_in_geglu`, x is GEGLU of what the module is given: [batch, tokens, 2d].
+class PlacedPatch(Module):
+    """A patch of a Linear's input or output, at its place in a network.
 
     Attributes:
         site: of the Linear.
         at: `input` or `output`.
         latents: the only height and width of latents that it is valid for; None if it is valid for any.
         tokens: the only number of tokens of a prompt that it is valid for; None if it is valid for any.
+    """
+
+    def __init__(self, patch: PatchActivation, site: Site) -> None:
+        """Make the module. Raises InputError if the patch has no form in a graph."""
+        super().__init__()
+        _check_exportable(patch, site)
+        self.site = site
+        self.at = patch.at
+        self.latents = patch.latents
+        self.tokens = prompt_tokens(patch, site)
+        self._shape = tuple(patch.mask.shape)
+
+    def check_tokens(self, x: Tensor) -> None:
+        """Raise InputError unless x [..., tokens, features] has as many tokens as the patch is for."""
+        if len(self._shape) == 2 and x.shape[-2] != self._shape[0]:
+            raise InputError(
+                f"the Edit at {self.site.name} is for {self._shape[0]} tokens where the model has {x.shape[-2]}; "
+                "calibrate it on this model, at the picture size that it is for"
+            )
+
+
+class SitePatch(PlacedPatch):
+    """The patch of a Linear's input or output x [batch, tokens, d]: where(M, v, x).
+
+    Where `is_in_geglu`, x is GEGLU of what the module is given: [batch, tokens, 2d].
+
+    Attributes:
         indices: int64 [n], rising: the places in M, flattened, that are set.
         values: [n], v there.
     """
@@ -48,15 +73,9 @@ class SitePatch(Module):
         Raises:
             InputError: the patch has no form in a graph, or a value is beyond what `dtype` holds.
         """
-        super().__init__()
-        _check_exportable(patch, site)
-        self.site = site
-        self.at = patch.at
-        self.latents = patch.latents
-        self.tokens = prompt_tokens(patch, site)
+        super().__init__(patch, site)
         self.indices = Parameter(patch.mask.cpu().flatten().nonzero()[:, 0], requires_grad=False)
         self.values = constant(site, patch.value.cpu().flatten()[self.indices], dtype)
-        self._shape = tuple(patch.mask.shape)
         self._function = masked_geglu if is_in_geglu(patch, site) else _where
 
     @property
@@ -66,11 +85,7 @@ class SitePatch(Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """See the class. Raises InputError for another number of tokens than the patch is for."""
-        if len(self._shape) == 2 and x.shape[-2] != self._shape[0]:
-            raise InputError(
-                f"the Edit at {self.site.name} is for {self._shape[0]} tokens where the model has {x.shape[-2]}; "
-                "calibrate it on this model, at the picture size that it is for"
-            )
+        self.check_tokens(x)
         zeros = torch.zeros(prod(self._shape), dtype=self.values.dtype)
         # Of floats as well: TensorRT scatters no truth values.
         mask = zeros.scatter(0, self.indices, 1.0).to(torch.bool).reshape(self._shape)
@@ -88,20 +103,28 @@ class _PatchedGeglu(Module):
         return cast(Tensor, self.patch(self.proj(x)))
 
 
-def put_patches(network: Module, patches: Iterable[SitePatch]) -> None:
-    """Patch the activations of `network` for good, at most once at each place. Its parameters keep their names."""
+def put_patches(
+    network: Module, patches: Iterable[PlacedPatch], in_geglu: Callable[[Module, Any], Module] = _PatchedGeglu
+) -> None:
+    """Patch the activations of `network` for good, at most once at each place. Its parameters keep their names.
+
+    Args:
+        network: to patch.
+        patches: of its activations; called with what they patch, unless they are in a GEGLU.
+        in_geglu: from a GEGLU's Linear and the patch in it, what takes the GEGLU's place; it has the Linear as `proj`.
+    """
     for patch in patches:
         if is_in_geglu(patch, patch.site):
             # An FFN of diffusers is its activation, which has the first Linear, a dropout and the second Linear.
             activation = f"{patch.site.module.removesuffix('.2')}.0"
-            network.set_submodule(activation, _PatchedGeglu(network.get_submodule(f"{activation}.proj"), patch))
+            network.set_submodule(activation, in_geglu(network.get_submodule(f"{activation}.proj"), patch))
         else:
             linear = network.get_submodule(patch.site.module)
             linear.add_module(f"patch_{patch.at}", patch)
             _HOOKS[patch.at](linear)
 
 
-def is_in_geglu(patch: PatchActivation | SitePatch, site: Site) -> bool:
+def is_in_geglu(patch: PatchActivation | PlacedPatch, site: Site) -> bool:
     """Whether a patch at `site` is a part of an FFN's GEGLU, and not an operation of its own."""
     return patch.at == "input" and site.kind == "ffn2"
 

@@ -11,13 +11,20 @@ token but the first is neither the end mark nor padding. "One of the k largest" 
     rank: #{j: p_j > p_r or (p_j = p_r and j < r)} < k       m comparisons a neuron
     topk: r is among the indices that TopK gives             one partial sort; ONNX's TopK prefers the lower index too
 
+and in PyTorch, whose TopK prefers none, with t the k-th largest
+
+    threshold: p_r > t or (p_r = t and #{j: p_j > t or (p_j = t and j < r)} < k)     one partial sort, two passes
+
 An autoencoder whose k is all of its latents needs neither, and only the rows of E of its neurons.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
 from typing import Literal, cast
 
 import torch
@@ -40,9 +47,9 @@ from bakeout.editor.merge import merge
 from bakeout.editor.model import Model
 from bakeout.editor.pipeline import load_tokenizer
 from bakeout.editor.sites import Site
-from bakeout.export.patch import SitePatch, constant, prompt_tokens
+from bakeout.export.patch import PlacedPatch, SitePatch, constant, prompt_tokens
 
-Gate = Literal["rank", "topk"]
+Gate = Literal["rank", "topk", "threshold"]
 # Up to as many neurons the rank test is no slower in ONNX Runtime on a CPU; see benchmarks/text_encoder.py. It leaves
 # nothing to how a runtime breaks ties.
 _MOST_BY_RANK = 1
@@ -163,6 +170,19 @@ class Latents(Module):
         return taken if scale is None else taken * scale
 
 
+@dataclass(frozen=True)
+class Placed:
+    """The operations of a component, at their sites, in the order of the Edit.
+
+    Attributes:
+        steered: of a text encoder: the shifts and latents of each site.
+        patched: the patches.
+    """
+
+    steered: Mapping[Site, Sequence[ShiftActivation | SteerLatents]]
+    patched: Sequence[tuple[Site, PatchActivation]]
+
+
 def edits_of(edit: Edit, model: Model, gate: Gate | None = None) -> dict[str, list[SiteEdit | SitePatch]]:
     """The modules of each component, for the operations that did not fold, patches after the rest.
 
@@ -174,24 +194,58 @@ def edits_of(edit: Edit, model: Model, gate: Gate | None = None) -> dict[str, li
     Raises:
         InputError: an operation has no form in a graph, the Edit is of another model, or see `SiteEdit`.
     """
+    return {
+        component: [
+            *(SiteEdit(site, operations, blank_tokens(model, site, operations), gate=gate)
+              for site, operations in placed.steered.items()),
+            *(SitePatch(patch, site) for site, patch in placed.patched),
+        ]
+        for component, placed in placed_in(edit, model).items()
+    }  # fmt: skip
+
+
+def placed_in(edit: Edit, model: Model) -> dict[str, Placed]:
+    """The operations by component.
+
+    Raises:
+        InputError: an operation has no form in a graph, the Edit is of another model, or for several sizes.
+    """
     by_component: dict[str, list[tuple[Site, Operation]]] = defaultdict(list)
     for operation in merge([edit]).operations:
         site = model.site(operation.site)
         check_fits(operation, site)
         by_component[site.component].append((site, operation))
-    made: dict[str, list[SiteEdit | SitePatch]] = {}
-    for component, placed in by_component.items():
-        _check_one_size(component, placed)
-        by_site: dict[Site, list[ShiftActivation | SteerLatents]] = defaultdict(list)
-        for site, operation in placed:
+    made = {}
+    for component, operations in by_component.items():
+        _check_one_size(component, operations)
+        steered: dict[Site, list[ShiftActivation | SteerLatents]] = defaultdict(list)
+        for site, operation in operations:
             if not isinstance(operation, PatchActivation):
-                by_site[site].append(_exportable(operation, site))
-        made[component] = [
-            *(SiteEdit(site, operations, _blank(model, site, operations), gate=gate)
-              for site, operations in by_site.items()),
-            *(SitePatch(it, site) for site, it in placed if isinstance(it, PatchActivation)),
-        ]  # fmt: skip
+                steered[site].append(_exportable(operation, site))
+        made[component] = Placed(steered, [(site, it) for site, it in operations if isinstance(it, PatchActivation)])
     return made
+
+
+def prompt_length(edits: Iterable[SiteEdit | PlacedPatch]) -> int | None:
+    """The only number of tokens of a prompt that the edits of a component are valid for; None if they are for any."""
+    return next((edit.tokens for edit in edits if edit.tokens is not None), None)
+
+
+@contextmanager
+def steering(encoder: Module, edits: Iterable[SiteEdit], input_ids: Tensor) -> Iterator[None]:
+    """Edit what the sites of a text encoder give, in its call with `input_ids`, int64 [batch, tokens]."""
+    with ExitStack() as stack:
+        for edit in edits:
+            module = encoder.get_submodule(edit.site.module)
+            hook = partial(_edited_output, edit, input_ids)
+            # Before the library's own, which records hidden states, but after a patch.
+            first = edit.site.kind == "text_layer"
+            stack.callback(module.register_forward_hook(hook, prepend=first).remove)
+        yield
+
+
+def _edited_output(edit: SiteEdit, input_ids: Tensor, _module: Module, _args: object, output: Tensor) -> Tensor:
+    return cast(Tensor, edit(output, input_ids))
 
 
 def gate_of(operation: SteerLatents) -> Gate:
@@ -236,7 +290,8 @@ def _lengths(site: Site, operation: Operation) -> set[int]:
     return set() if tokens is None else {tokens}
 
 
-def _blank(model: Model, site: Site, operations: Sequence[ShiftActivation | SteerLatents]) -> Tensor | None:
+def blank_tokens(model: Model, site: Site, operations: Sequence[ShiftActivation | SteerLatents]) -> Tensor | None:
+    """What `SiteEdit` takes as `blank`. Raises InputError if the model's tokenizer does not load."""
     if not any(it.rows == "prompted" for it in operations):
         return None
     tokenizer = load_tokenizer(model.parts[site.component.replace("text_encoder", "tokenizer")])
@@ -262,7 +317,7 @@ def _normed(norm: InputNorm, y: Tensor) -> tuple[Tensor, Tensor | None]:
 
 def _by_rank(p: Tensor, chosen: Tensor, neurons: Tensor, k: int) -> Tensor:
     rivals, chosen = p.unsqueeze(-2), chosen.unsqueeze(-1)
-    earlier = torch.arange(p.shape[-1]) < neurons.unsqueeze(-1)
+    earlier = torch.arange(p.shape[-1], device=p.device) < neurons.unsqueeze(-1)
     ahead = (rivals > chosen) | ((rivals == chosen) & earlier)
     return ahead.to(torch.int32).sum(-1, dtype=torch.int32) < k
 
@@ -272,5 +327,12 @@ def _by_topk(p: Tensor, _chosen: Tensor, neurons: Tensor, k: int) -> Tensor:
     return (largest.unsqueeze(-2) == neurons.unsqueeze(-1)).any(-1)
 
 
+def _by_threshold(p: Tensor, chosen: Tensor, neurons: Tensor, k: int) -> Tensor:
+    least = p.topk(k, dim=-1).values[..., -1:]
+    above = (p > least).sum(-1, keepdim=True)
+    equal = (p == least).cumsum(-1).index_select(-1, neurons)
+    return (chosen > least) | ((chosen == least) & (above + equal <= k))
+
+
 # From p [..., m], those of the neurons [..., r], their numbers [r] and k to bool [..., r].
-_GATES = {"rank": _by_rank, "topk": _by_topk}
+_GATES = {"rank": _by_rank, "topk": _by_topk, "threshold": _by_threshold}

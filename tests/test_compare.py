@@ -16,8 +16,9 @@ from PIL import Image
 from bakeout.compare import Comparison, comparison_for, sheet
 from bakeout.editor.errors import InputError
 from bakeout.editor.model import BUILTIN, open_model
+from bakeout.export.base import open_base
 from bakeout.generate import Request, complete, draw, draw_to_folder
-from bakeout.recipe import open_any, open_base
+from bakeout.recipe import open_any
 from bakeout.runtime import runtime_for
 from bakeout.validate.reference import applied
 

@@ -20,6 +20,7 @@ from bakeout.describe import describe_artifact
 from bakeout.editor.edit import Edit, Origin, PatchActivation, PatchWeightInput
 from bakeout.editor.errors import InputError
 from bakeout.editor.model import Model, open_model
+from bakeout.export.artifact import Artifact as Exported
 from bakeout.export.artifact import making, write_artifact
 from bakeout.export.checkpoint import plan_diffusers
 from bakeout.export.graphs import graphs_of
@@ -27,6 +28,8 @@ from bakeout.export.lower import lower_onto
 from bakeout.export.manifest import Resolution, base_of
 from bakeout.export.onnx_pipeline import SessionSettings
 from bakeout.export.steer import edits_of
+from bakeout.kernels.errors import KernelUnavailable
+from bakeout.runtime import runtime_for
 from bakeout.validate.reference import applied
 
 # Height and width; the model's own are 4 and 4, with 4 pixels each.
@@ -150,16 +153,66 @@ def test_a_size_in_pixels_is_not_made_up(folder: Path, blocks: object, monkeypat
         _ = Artifact.open(folder).size
 
 
-def test_torch_has_nothing_to_load(folder: Path) -> None:
-    artifact = Artifact.open(folder)
+def test_there_are_no_weights_to_load(folder: Path) -> None:
     why = r"has no diffusers/, because its edit is an operation in the graphs, which weights cannot hold: draw with"
-    with pytest.raises(InputError, match=why + r" what it has, onnx/; load it with runtime='onnxruntime'$"):
-        artifact.load("torch")
     with pytest.raises(InputError, match=why + " what it has, onnx/$"):
-        _ = artifact.model
-    done = generate(folder, folder.parent / "none", "--runtime", "torch")
+        _ = Artifact.open(folder).model
+
+
+def torch_draws(folder: Path, output: Path, *arguments: object) -> Any:
+    return invoke(
+        "generate", folder, "--prompt", "a", "--steps", 2, "--runtime", "torch", "--device", "cpu", "-o", output,
+        *arguments,
+    )  # fmt: skip
+
+
+def test_torch_draws_the_same_with_the_base(folder: Path, tiny_model: Path, tmp_path: Path) -> None:
+    assert generate(folder, tmp_path / "graphs").exit_code == 0
+    done = torch_draws(folder, tmp_path / "torch", "--base", tiny_model, "--compare")
+    assert done.exit_code == 0, done.output
+    assert "drawn by torch (cpu; kernels: reference), each beside" in done.output
+    assert np.abs(values(tmp_path / "torch" / "1-0.png") - values(tmp_path / "graphs" / "1-0.png")).max() <= 1
+    said = json.loads((tmp_path / "torch" / "pictures.json").read_text())
+    assert {name: said[name] for name in ("runtime", "device", "dtype", "kernels")} == {
+        "runtime": "torch", "device": "cpu", "dtype": "torch.float32", "kernels": "reference",
+    }  # fmt: skip
+    # Had the edit been lost, it would be the base's.
+    plain = invoke(
+        "generate",
+        tiny_model,
+        "--prompt",
+        "a",
+        "--steps",
+        2,
+        "--size",
+        "32x16",
+        "--device",
+        "cpu",
+        "-o",
+        tmp_path / "base",
+    )
+    assert plain.exit_code == 0, plain.output
+    assert np.abs(values(tmp_path / "base" / "1-0.png") - values(tmp_path / "torch" / "1-0.png")).max() > 5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "a folder of which it knows no place; give that model with --base"),
+        (["--base", "shapes"], "this Edit was made for another model"),
+        (["--kernels", "triton"], "GPU"),
+        (["--kernels", "library"], "--kernels library belongs to ONNX Runtime, and torch draws"),
+        (["--size", "16x32"], "32x16"),
+    ],
+)
+def test_what_torch_cannot_draw_is_one_sentence(
+    folder: Path, tiny_model: Path, tmp_path: Path, arguments: list[str], words: str
+) -> None:
+    known = ["--base", tiny_model] if arguments and "--base" not in arguments else []
+    done = torch_draws(folder, tmp_path / "none", *known, *arguments)
     assert (done.exit_code, done.output.count("\n")) == (2, 1)
-    assert "its edit lies in the graphs and not in weights: leave --runtime out" in done.output
+    assert words in done.output
+    assert not (tmp_path / "none" / "1-0.png").exists()
 
 
 def test_generate_draws_at_its_size(folder: Path, tmp_path: Path) -> None:
@@ -222,6 +275,78 @@ def test_validate_draws_at_its_size(folder: Path, tiny_model: Path, tmp_path: Pa
     with pytest.raises(InputError, match=r"size is 16x32: this edit is for pictures of 32x16 only"):
         Artifact.open(folder).validate(tmp_path / "other", **settings, size=(16, 32))
     assert not (tmp_path / "other").exists()
+
+
+@pytest.fixture
+def no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unavailable(kind: str) -> Path:
+        raise KernelUnavailable(f"there is no compiler for {kind}; install one")
+
+    monkeypatch.setattr("bakeout.export.op_library.library", unavailable)
+
+
+@pytest.mark.parametrize(("asked", "used"), [("auto", "library"), ("library", "library"), ("function", "function")])
+def test_what_computed_the_patches_is_recorded(folder: Path, tmp_path: Path, asked: str, used: str) -> None:
+    done = generate(folder, tmp_path, "--kernels", asked)
+    assert done.exit_code == 0, done.output
+    assert done.output == f"1 picture in {tmp_path}, drawn by onnxruntime (CPUExecutionProvider; kernels: {used})\n"
+    assert json.loads((tmp_path / "pictures.json").read_text())["kernels"] == used
+    with Image.open(tmp_path / "1-0.png") as picture:
+        assert picture.info["kernels"] == used
+
+
+@pytest.mark.usefixtures("no_compiler")
+def test_without_a_compiler_generate_says_so_and_draws(folder: Path, tmp_path: Path) -> None:
+    done = generate(folder, tmp_path / "auto")
+    assert done.exit_code == 0
+    why = "there is no compiler for cpu; install one"
+    assert done.stderr == f"Warning: the edit's operators run as plain ONNX, which is slower: {why}\n"
+    assert json.loads((tmp_path / "auto" / "pictures.json").read_text())["kernels"] == "function"
+    done = generate(folder, tmp_path / "asked", "--kernels", "library")
+    assert (done.exit_code, done.stderr) == (2, f"Error: {why}; else choose the kernels 'function'\n")
+    assert not (tmp_path / "asked").exists()
+    done = generate(folder, tmp_path / "function", "--kernels", "function")
+    assert (done.exit_code, done.stderr) == (0, "")
+
+
+def test_kernels_of_the_other_runtime_are_refused(folder: Path, exported: Path, tmp_path: Path) -> None:
+    done = generate(folder, tmp_path, "--kernels", "triton")
+    assert done.exit_code == 2
+    assert "--kernels triton belongs to torch, and onnxruntime draws: leave it out" in done.stderr
+    with pytest.raises(InputError, match="--kernels library belongs to ONNX Runtime, and torch draws: leave it out"):
+        runtime_for(Artifact.open(exported), "torch", device="cpu", kernels="library")
+
+
+@pytest.mark.parametrize("kernels", ["auto", "function", "library"])
+def test_validate_judges_function_bodies_unless_told_otherwise(
+    folder: Path, tiny_model: Path, tmp_path: Path, kernels: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "pairs.csv").write_text("target,reference\na star,a\n")
+    loaded = []
+
+    def load(artifact: Artifact, runtime: str, *, sessions: SessionSettings) -> Any:
+        loaded.append(sessions.kernels)
+        return original(artifact, runtime, sessions=sessions)
+
+    original = Exported.load
+    monkeypatch.setattr(Exported, "load", load)
+    report = Artifact.open(folder).validate(
+        tmp_path / "report", base=tiny_model, prompts=tmp_path / "pairs.csv", count=2, steps=1, device="cpu",
+        sessions=replace(ONE_THREAD, kernels=kernels),
+    )  # fmt: skip
+    used = "library" if kernels == "library" else "function"
+    assert (report.settings["kernels"], loaded) == (used, [used])
+    assert [it.verdict for it in report.checks if it.name == "components"] == ["pass"]
+
+
+@pytest.mark.usefixtures("no_compiler")
+def test_validate_does_not_judge_with_a_library_that_is_not_there(
+    folder: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    done = invoke("validate", folder, "--base", tiny_model, "--kernels", "library", "-o", tmp_path / "report")
+    assert done.exit_code == 2
+    assert "there is no compiler for cpu; install one; else choose the kernels 'function'" in done.stderr
+    assert not (tmp_path / "report").exists()
 
 
 def test_inspect_shows_the_patches(folder: Path, tmp_path: Path) -> None:

@@ -96,6 +96,8 @@ def test_onnx_runtime_draws_where_it_can(exported, tiny_model, monkeypatch):
         ({"name": "torch", "arena": False}, "--no-arena belongs to ONNX Runtime"),
         ({"threads": 0}, "threads is 0"),
         ({"name": "torch", "device": "gpu"}, "is no device"),
+        ({"compiled": True}, "--compile belongs to torch, and onnxruntime draws"),
+        ({"name": "torch", "kernels": "triton"}, "--kernels triton: no operator of this model needs a fused kernel"),
     ],
 )
 def test_a_setting_of_the_other_runtime_is_refused(exported, settings, words):
@@ -114,17 +116,32 @@ def without_weights(artifact, how: str):
     return replace(artifact, manifest=artifact.manifest.model_copy(update={"targets": ("onnx",), "lowering": lowering}))
 
 
-@pytest.mark.parametrize(
-    ("how", "why"),
-    [("graph", "because its edit lies in the graphs and not in weights"), ("folded", "because nobody asked for it")],
-)
-def test_torch_does_not_draw_with_graphs_alone(exported, how, why):
+@pytest.mark.parametrize("how", ["graph", "folded"])
+def test_of_graphs_alone_torch_draws_with_the_base(exported, tiny_model, pipelines, how):
     graphs = without_weights(open_any(exported), how)
     assert runtime_for(graphs).name == "onnxruntime"
-    with pytest.raises(InputError, match=rf"has no diffusers/ for torch, {why}: leave --runtime out$"):
+    with pytest.raises(InputError, match=r"made from 'tiny', a folder of which it knows no place; give .* --base$"):
         runtime_for(graphs, "torch")
-    with pytest.raises(InputError, match=r"--device belongs to torch, and onnxruntime draws: leave it out$"):
+    chosen = runtime_for(graphs, "torch", device="cpu", base=str(tiny_model))
+    assert (chosen.kernels, chosen.base.path) == (None, tiny_model)
+    assert np.array_equal(pixels(chosen.load(graphs)), pixels(pipelines[1]))
+    # All of it folds.
+    with pytest.raises(InputError, match="no operator of this artifact needs a fused kernel"):
+        runtime_for(graphs, "torch", device="cpu", base=str(tiny_model), kernels="reference")
+    with pytest.raises(InputError, match=r"--device belongs to torch, and onnxruntime draws: leave it out, or use"):
         runtime_for(graphs, device="cpu")
+
+
+def test_the_unet_of_a_model_is_compiled_where_it_is_asked_for(tiny_model, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **settings: compiled.append((type(self), settings)))
+    for asked in (False, True):
+        chosen = runtime_for(open_model(tiny_model), device="cpu", compiled=asked)
+        chosen.load(open_model(tiny_model))
+        assert chosen.facts.get("compiled") == ("unet" if asked else None)
+        assert str(chosen) == ("torch (cpu; compiled)" if asked else "torch (cpu)")
+    ((kind, settings),) = compiled
+    assert (kind.__name__, settings) == ("UNet2DConditionModel", {"fullgraph": True})
 
 
 def test_an_artifact_is_loaded_by_what_it_has(exported, tmp_path, monkeypatch):

@@ -163,12 +163,12 @@ def test_options_reach_the_validation(folder, found, tmp_path):
     words = (
         f"validate {folder} --base b --edit e --profile release --target onnx --target diffusers --prompts p --count 6"
         " --seed 3 --steps 4 --guidance 2.5 --size 64x48 --scheduler euler --device cpu"
-        " --provider CPUExecutionProvider --threads 2"
+        " --provider CPUExecutionProvider --threads 2 --kernels library"
     )
     assert CliRunner().invoke(main, words.split()).exit_code == 0
     asked = found["asked"]
     sessions = asked.pop("sessions")
-    assert (sessions.providers, sessions.threads) == (("CPUExecutionProvider",), 2)
+    assert (sessions.providers, sessions.threads, sessions.kernels) == (("CPUExecutionProvider",), 2, "library")
     assert callable(asked.pop("progress"))
     assert asked == {
         "base": "b", "edit": Path("e"), "profile": "release", "targets": ("onnx", "diffusers"), "prompts": Path("p"),

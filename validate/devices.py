@@ -1,4 +1,4 @@
-"""What computes: ONNX Runtime's providers, and products in whole fp32 wherever hardware would take less."""
+"""What computes: ONNX Runtime's providers and kernels, and products in whole fp32 wherever hardware would take less."""
 
 from __future__ import annotations
 
@@ -58,6 +58,27 @@ def with_exact_products(sessions: SessionSettings | None) -> SessionSettings | N
         return sessions
     own = {"use_tf32": "0", **sessions.provider_options.get(cuda, {})}
     return replace(sessions, provider_options={**sessions.provider_options, cuda: own})
+
+
+def with_kernels_chosen(sessions: SessionSettings | None) -> SessionSettings:
+    """The sessions with operators of ours as their function bodies unless the library is asked for by name.
+
+    So files are judged as any runtime runs them, and on every machine alike.
+    """
+    from bakeout.export.onnx_pipeline import SessionSettings
+
+    sessions = sessions or SessionSettings()
+    return replace(sessions, kernels="function") if sessions.kernels == "auto" else sessions
+
+
+def check_kernels(sessions: SessionSettings | None, folder: Path) -> None:
+    """Raise InputError for a library of kernels that the graphs in `folder` want and that is not here."""
+    if importlib.util.find_spec("onnxruntime") is None:
+        return
+    from bakeout.export.onnx_pipeline import GRAPH
+    from bakeout.export.op_library import op_library
+
+    op_library(folder.glob(f"*/{GRAPH}"), with_kernels_chosen(sessions))
 
 
 @contextmanager

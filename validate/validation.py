@@ -29,9 +29,10 @@ from bakeout.editor.errors import InputError, not_installed
 from bakeout.editor.merge import merge
 from bakeout.editor.model import Model
 from bakeout.export.artifact import EDIT, ONNX, RUNTIMES, Artifact
+from bakeout.export.base import open_base
 from bakeout.export.manifest import MANIFEST, Manifest, file_digest, read_manifest
 from bakeout.generate import Request, complete, device_from_text, scheduler_for
-from bakeout.recipe import open_base, recommended_for
+from bakeout.recipe import recommended_for
 from bakeout.validate.audit import (
     Parameter,
     Read,
@@ -44,7 +45,14 @@ from bakeout.validate.audit import (
 )
 from bakeout.validate.configuration import check_configuration
 from bakeout.validate.contract import contract, run_network
-from bakeout.validate.devices import check_providers, why_not_started, with_exact_products, without_tf32
+from bakeout.validate.devices import (
+    check_kernels,
+    check_providers,
+    why_not_started,
+    with_exact_products,
+    with_kernels_chosen,
+    without_tf32,
+)
 from bakeout.validate.erasure import Detector, detections, detector_of, trials_of
 from bakeout.validate.graph_edit import check_edit_in_graphs, first_hidden_states, lengths_of
 from bakeout.validate.metrics import distances, relative_rms
@@ -178,7 +186,7 @@ def validate(
         guidance: scale of classifier-free guidance; None is the model's.
         size: width and height in pixels; None is the model's, or that for which the edit is made.
         scheduler: as `bakeout.generate.SCHEDULERS` has it; None is each model's own.
-        sessions: of ONNX Runtime.
+        sessions: of ONNX Runtime. Its kernels are `function` unless they are `library`.
         device: where base, reference and torch's targets run.
         progress: called with the part, of one for the whole, that was just done.
 
@@ -193,6 +201,8 @@ def validate(
     profile = profile or _recorded_profile(artifact.manifest)
     chosen = _chosen(artifact, targets)
     check_providers(sessions)
+    if ONNX in chosen:
+        check_kernels(sessions, artifact.folder / ONNX)
     count = PROFILES[profile] if count is None else count
     if count < 2:
         raise InputError(f"count is {count}: it must be 2 or more, for prompts with what was erased and without")
@@ -492,6 +502,7 @@ class _Validation:
             "negative_prompt": None,
             "device": self.device,
             "providers": list(self.sessions.providers) if self.sessions else ["CPUExecutionProvider"],
+            "kernels": with_kernels_chosen(self.sessions).kernels,
         }
         shape = (pipeline.unet.config.in_channels, height // factor, width // factor)
         batch = max(1, min(_BATCH, _BATCH_PIXELS // (width * height)))
@@ -502,7 +513,7 @@ class _Validation:
         if runtime == "torch":
             # As diffusers loads it, with all hidden states, of which the artifact's own loader withholds some.
             return self.artifact.model.pipeline(self.device, torch.float32)
-        return self.artifact.load(runtime, sessions=self.sessions)
+        return self.artifact.load(runtime, sessions=with_kernels_chosen(self.sessions))
 
     def _free(
         self, pipeline: Any, settings: Settings, advance: Callable[[float], object], *, capture: bool = False

@@ -167,8 +167,22 @@ def main() -> None:
 @_providers_option
 @_threads_option
 @click.option("--no-arena", is_flag=True, help="ONNX Runtime gives memory back after every call: slower, smaller.")
+@click.option(
+    "--kernels",
+    type=click.Choice(["auto", "library", "function", "reference", "triton", "cuda"]),
+    default="auto",
+    show_default=True,
+    help="What computes an edit's own operators: in ONNX Runtime bakeout's library, or the function bodies of plain "
+    "ONNX in the file; in PyTorch the reference, Triton or CUDA. auto is the library where it can be built, and Triton "
+    "on an NVIDIA GPU, else the bodies and the reference.",
+)
 @click.option("--compare", is_flag=True, help="Also draw an artifact's base and reference, and put all side by side.")
-@click.option("--base", metavar="MODEL", help="The artifact's base, where it is a folder or file; with --compare.")
+@click.option("--compile", "compiled", is_flag=True, help="PyTorch compiles the UNet first, which takes minutes.")
+@click.option(
+    "--base",
+    metavar="MODEL",
+    help="The artifact's base, where it is a folder or file; for --compare, or --runtime torch without diffusers/.",
+)
 @_pictures_option
 @click.option("--force", is_flag=True, help="Overwrite pictures that are there already.")
 @_debug_option
@@ -182,19 +196,25 @@ def generate(
     providers: tuple[str, ...],
     threads: int | None,
     no_arena: bool,
+    kernels: str,
+    compiled: bool,
     compare: bool,
     base: str | None,
     folder: Path,
     force: bool,
     **settings: Any,
 ) -> None:
-    """Draw pictures with MODEL, in eager PyTorch or ONNX Runtime.
+    """Draw pictures with MODEL, in PyTorch or ONNX Runtime.
 
     MODEL is the built-in model `shapes`, a diffusers folder, a single .safetensors checkpoint, the id of a model on
     the Hugging Face hub, or an artifact that `bakeout bake` wrote. ONNX Runtime draws with an artifact that has ONNX
-    graphs (`bakeout export`), PyTorch with everything else; --device and --dtype are for PyTorch, --provider, --threads
-    and --no-arena for ONNX Runtime. From the same seed both begin with the same noise. An artifact whose edit differs
-    from token to token is for pictures of one size, which is then the default, and every other --size is refused.
+    graphs (`bakeout export`), PyTorch with everything else; --device, --dtype and --compile are for PyTorch,
+    --provider, --threads and --no-arena for ONNX Runtime. From the same seed both begin with the same noise. An
+    artifact whose edit differs from token to token is for pictures of one size, which is then the default, and every
+    other --size is refused.
+
+    An artifact whose edit does not fold into weights has no diffusers/. With --runtime torch its base draws, which is
+    known where it is built in or of the hub, with the edit in its modules: those of the UNet's FFNs run in --kernels.
 
     The pictures are DIR/<number of the prompt>-<seed>.png and carry as text what they were drawn from;
     DIR/pictures.json lists them. The same command draws the same pictures on the same machine; another
@@ -219,12 +239,17 @@ def generate(
     request = Request(prompts, size=None if size is None else generation.size_from_text(size), **settings)
     if request.image is not None:
         read_picture(request.image)
-    if base is not None and not compare:
-        raise InputError("--base is of --compare: give both, or none")
     opened = open_any(model)
-    chosen = runtime_for(
-        opened, runtime, device=device, dtype=dtype, providers=providers, threads=threads, arena=not no_arena
-    )
+    unfolded = runtime == "torch" and isinstance(opened, Artifact) and "diffusers" not in opened.manifest.targets
+    if base is not None and not compare and not unfolded:
+        raise InputError(
+            "--base is of --compare, and of --runtime torch for an artifact without diffusers/: leave it out"
+        )
+    with _own_warnings():
+        chosen = runtime_for(
+            opened, runtime, device=device, dtype=dtype, providers=providers, threads=threads, arena=not no_arena,
+            kernels=kernels, base=base, compiled=compiled,
+        )  # fmt: skip
     _quieten_libraries()
     comparison = comparison_for(opened, base) if compare else None
     generation.reserve(folder, request, also=comparison.files(request) if comparison else (), force=force)
@@ -360,7 +385,7 @@ def export(folder: Path, target: str, base: str | None, shrink: int | None, forc
     """
     from bakeout.describe import describe_widths
     from bakeout.export.artifact import Artifact
-    from bakeout.recipe import source_of
+    from bakeout.export.base import source_of
 
     _quieten_libraries()
     with _own_warnings(), _progress_bar(1, "exporting") as bar:
@@ -455,6 +480,14 @@ def inspect(model: str, chart: Path | None, force: bool) -> None:
 @click.option("--device", default="auto", show_default=True, help="Of PyTorch: auto, cpu, cuda, cuda:1 or mps.")
 @_providers_option
 @_threads_option
+@click.option(
+    "--kernels",
+    type=click.Choice(["function", "library"]),
+    default="function",
+    show_default=True,
+    help="What computes an edit's own operators in ONNX Runtime: the function bodies of plain ONNX in the file, as in "
+    "any runtime, or bakeout's library.",
+)
 @_debug_option
 def validate(
     folder: Path,
@@ -463,6 +496,7 @@ def validate(
     size: str | None,
     providers: tuple[str, ...],
     threads: int | None,
+    kernels: str,
     **options: Any,
 ) -> None:
     """Judge whether the artifact DIR is what it claims: the model with the erasure, in every format, to rounding.
@@ -491,10 +525,10 @@ def validate(
         options["size"] = size_from_text(size)
     _quieten_libraries()
     sessions = None
-    if providers or threads is not None:
+    if providers or threads is not None or kernels != "function":
         from bakeout.export.onnx_pipeline import SessionSettings
 
-        sessions = SessionSettings(providers or SessionSettings().providers, threads=threads)
+        sessions = SessionSettings(providers or SessionSettings().providers, threads=threads, kernels=kernels)
     with _own_warnings(), _progress_bar(1, "validating") as bar:
         report = validate_folder(
             folder, output, targets=targets or None, sessions=sessions, progress=bar.update, **options

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 from bakeout.editor.errors import InputError
 from bakeout.export.artifact import Artifact
+from bakeout.export.base import open_base
 from bakeout.generate import Request, draw, write_whole
-from bakeout.recipe import open_base
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -159,40 +159,6 @@ def recommended_for(opened: Model | Baked) -> dict[str, Any]:
     return recommended_settings(open_model(base.name)) if known else {}
 
 
-def open_base(artifact: Baked, base: str | os.PathLike[str] | None = None) -> Model:
-    """The model that was edited, opened and compared with the artifact's record of it, which reads all of its weights.
-
-    Args:
-        artifact: whose base.
-        base: what to open; None opens a built-in model or one of the hub by the name in the manifest.
-
-    Raises:
-        InputError: the base is a folder or file and not given, does not open, or is another model.
-    """
-    model = source_of(artifact, base)
-    if not artifact.matches(model):
-        recorded = artifact.manifest.base.name
-        given = recorded if base is None else os.fspath(base)
-        raise InputError(
-            f"{given} is not the model {recorded!a:.200} from which {artifact.folder} was made; give that model with "
-            "--base"
-        )
-    return model
-
-
-def source_of(artifact: Baked, base: str | os.PathLike[str] | None = None) -> Model:
-    """As `open_base`, but not compared with the artifact's record. Raises InputError."""
-    recorded = artifact.manifest.base
-    if base is None:
-        if recorded.format not in ("builtin", "hub"):
-            raise InputError(
-                f"{artifact.folder} was made from {recorded.name!a:.200}, a {recorded.format.replace('_', ' ')} of "
-                "which it knows no place; give that model with --base"
-            )
-        base = recorded.name
-    return open_model(base)
-
-
 def is_artifact(source: str | os.PathLike[str]) -> bool:
     """Whether `source` is a folder with a manifest; a built-in model's name is none, whatever lies here."""
     return source not in BUILTIN and (Path(source) / MANIFEST).is_file()

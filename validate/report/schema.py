@@ -200,7 +200,7 @@ class Report(_Record):
         edit: digest of the Edit.
         erased: a line for each concept, with its method.
         profile: `quick` or `release`.
-        settings: how was drawn: steps, guidance, scheduler, size, seeds, negative prompt, providers.
+        settings: how was drawn: steps, guidance, scheduler, size, seeds, negative prompt, providers, kernels.
         tools: versions.
         checks: all of them, at least one, failed ones first.
         tensors: the table of component parity.
