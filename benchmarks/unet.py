@@ -3,6 +3,7 @@
     python benchmarks/unet.py shapes
     python benchmarks/unet.py sd15 --quick
     python benchmarks/unet.py sd15 --rounds 0
+    python benchmarks/unet.py shapes --only tokens --kernels library
 
 The model is `shapes`, or one with random weights in fp16 whose UNet is of full size (benchmarks/full_size.py), with
 --quick of one level. Its UNet is exported with random patches of the input of every FFN-2, each realisation of them:
@@ -43,6 +44,7 @@ from bakeout.editor.sites import Site
 from bakeout.export.lower import lower_onto
 from bakeout.export.onnx import write_onnx
 from bakeout.export.shrink import kept_units
+from bakeout.kernels.build import library
 from bakeout.validate.metrics import relative_rms
 from bakeout.validate.reference import applied
 
@@ -152,31 +154,36 @@ def hooked(model: Model, side: int, only: Sequence[str]) -> dict[str, Tensor]:
     return answers
 
 
-def session_of(path: Path, threads: int, profile: Path | None = None) -> onnxruntime.InferenceSession:
-    """A session of a graph on the CPU, without memory patterns as bakeout has it.
+def session_of(path: Path, given: argparse.Namespace, profile: Path | None = None) -> onnxruntime.InferenceSession:
+    """A session of a graph on the CPU, without memory patterns and remarks as bakeout has it.
 
     `profile` is the beginning of the name of a file for the operators' times.
     """
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
+    options.intra_op_num_threads = given.threads
     options.enable_mem_pattern = False
+    options.log_severity_level = 4
+    if given.kernels == "library":
+        options.register_custom_ops_library(str(library("cpu")))
     if profile is not None:
         options.enable_profiling = True
         options.profile_file_prefix = str(profile)
     return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 
-def called_alone(path: Path, given: Mapping[str, Tensor], threads: int) -> tuple[Tensor, dict[str, float]]:
+def called_alone(
+    path: Path, tensors: Mapping[str, Tensor], given: argparse.Namespace
+) -> tuple[Tensor, dict[str, float]]:
     """The answer of a graph, and what a session with it takes.
 
     That is the seconds to load it; the peak of memory, in GB, that session and call add; and of another call the part
     of the operators' time that is of Where, which only patches have.
     """
-    feeds = {name: value.numpy() for name, value in given.items()}
+    feeds = {name: value.numpy() for name, value in tensors.items()}
     with tempfile.TemporaryDirectory() as work:
         before = memory("VmRSS")
         started = time.perf_counter()
-        session = session_of(path, threads, Path(work) / "profile")
+        session = session_of(path, given, Path(work) / "profile")
         loaded = time.perf_counter() - started
         [answer] = session.run(None, feeds)
         peak = memory("VmHWM") - before
@@ -202,15 +209,15 @@ def memory(what: str) -> float:
     return int(said.partition(f"{what}:")[2].split()[0]) / 1e6
 
 
-def timed(paths: Sequence[Path], given: Mapping[str, Tensor], rounds: int, threads: int) -> Numbers:
+def timed(paths: Sequence[Path], tensors: Mapping[str, Tensor], given: argparse.Namespace) -> Numbers:
     """Seconds of a call of each graph in each round [rounds, graphs]; every round begins with another graph.
 
     They are the processor's, of all threads: other work on the machine counts as little as can be.
     """
-    feeds = {name: value.numpy() for name, value in given.items()}
-    sessions = [session_of(path, threads) for path in paths]
-    seconds = np.empty((rounds + 1, len(sessions)))
-    for number in range(rounds + 1):
+    feeds = {name: value.numpy() for name, value in tensors.items()}
+    sessions = [session_of(path, given) for path in paths]
+    seconds = np.empty((given.rounds + 1, len(sessions)))
+    for number in range(given.rounds + 1):
         for place in np.roll(np.arange(len(sessions)), number):
             started = time.process_time()
             sessions[place].run(None, feeds)
@@ -261,7 +268,8 @@ def rows_of(model: Model, given: argparse.Namespace, work: Path) -> Iterator[dic
 def in_a_process(model: Model, given: argparse.Namespace, *stage: str | Path) -> Any:
     """What a stage prints, run in a process of its own."""
     command = [sys.executable, __file__, given.name, "--folder", str(model.path), "--side", str(given.side)]
-    command += ["--rounds", str(given.rounds), "--threads", str(given.threads), *map(str, stage)]
+    command += ["--rounds", str(given.rounds), "--threads", str(given.threads), "--kernels", given.kernels]
+    command += map(str, stage)
     command += [word for text in given.only for word in ("--only", text)]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)  # noqa: S603 - this file
     return json.loads(done.stdout.splitlines()[-1])
@@ -273,10 +281,10 @@ def stage_here(model: Model, given: argparse.Namespace) -> Any:
         save_file(hooked(model, given.side, given.only), given.hooks)
         return {}
     if given.alone:
-        answer, facts = called_alone(given.alone, inputs(model, given.side), given.threads)
+        answer, facts = called_alone(given.alone, inputs(model, given.side), given)
         save_file({"answer": answer}, given.answer)
         return facts
-    return timed(given.pair, inputs(model, given.side), given.rounds, given.threads).tolist()
+    return timed(given.pair, inputs(model, given.side), given).tolist()
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -312,6 +320,7 @@ def main() -> None:
     parser.add_argument("--only", action="append", default=[], help="realisations with this text in their names")
     parser.add_argument("--rounds", type=int, default=20, help="0 compares only")
     parser.add_argument("--threads", type=int, default=1, help="of ONNX Runtime")
+    parser.add_argument("--kernels", choices=("function", "library"), default="function", help="see SessionSettings")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--hooks", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--alone", type=Path, help=argparse.SUPPRESS)
