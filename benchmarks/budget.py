@@ -150,9 +150,7 @@ def versions(shape: Shape, density: float) -> Mapping[str, Sequence[Launch]]:
         "GEGLU, patched, eager": (gelu, product, patch),
         "GEGLU, patched, compiled": (Launch(3 * out + where),),
         "masked_geglu_linear": (
-            Launch(
-                masked_geglu_linear_bytes(shape, density), linear_flops(shape), tiles_of_masked_geglu_linear(shape)
-            ),
+            Launch(masked_geglu_linear_bytes(shape, density), linear_flops(shape), tiles_of_masked_geglu_linear(shape)),
         ),
         "Linear, masked_geglu": (linear, fused),
         "FFN-1, patched, eager": (linear, gelu, product, patch),
@@ -181,11 +179,12 @@ def masked_geglu_table(card: Card, density: float) -> list[str]:
 
 def masked_geglu_linear_table(card: Card, density: float) -> list[str]:
     """Per shape: flops, bytes with and without the fusion, the floors of both, and the ratios that are predicted."""
-    others = ("patched, eager", "patched, compiled", "stock, eager", "stock, compiled")
+    others = {f"FFN-1, {it}": it for it in ("patched, eager", "patched, compiled", "stock, eager", "stock, compiled")}
+    others |= {"Linear, masked_geglu": "Linear, masked_geglu"}
     lines = [
         "| shape | GFLOP | MB, stock | MB, fused | floor, stock, µs | floor, fused, µs "
         "| patched, eager / it, at the floors | predicted, fused, µs | "
-        + " | ".join(f"{it} / it" for it in others)
+        + " | ".join(f"{it} / it" for it in others.values())
         + " |",
         "|---" * (8 + len(others)) + "|",
     ]
@@ -200,7 +199,7 @@ def masked_geglu_linear_table(card: Card, density: float) -> list[str]:
             f"{floor(ways['FFN-1, patched, eager'], card) / floor(fused, card):.2f}",
             f"{1e6 * own:.0f}",
         )
-        lines.append(_row(shape, cells, (predicted(ways[f"FFN-1, {it}"], card) / own for it in others)))
+        lines.append(_row(shape, cells, (predicted(ways[it], card) / own for it in others)))
     return lines
 
 

@@ -1,8 +1,10 @@
 """Is a fused kernel right on this machine? Relative RMS errors against its definition in fp64, over many cases.
 
     PYTHONPATH=src python benchmarks/kernel_checks.py masked_geglu cuda
+    PYTHONPATH=src compute-sanitizer python benchmarks/kernel_checks.py masked_geglu cuda --small
 
-prints each case as a line of JSON, and ends with exit status 1 if one is wrong. Inputs are drawn anew for every case.
+prints each case as a line of JSON. The exit status is 1 if one is wrong, and 2 if the kernel cannot run here. Inputs
+are drawn anew for every case.
 What must not be used is NaN: values outside the mask, projections under it, and every output before it is written.
 """
 
@@ -29,6 +31,7 @@ from bakeout.kernels.errors import KernelUnavailable
 from bakeout.kernels.packing import pack_mask
 
 SECONDS = 240  # that a kernel has for its check, with what it takes to build it
+UNAVAILABLE = 2  # the exit status of a kernel that cannot run here
 DENSITIES = (0.0, 0.01, 0.25, 1.0)
 FORMS = ("packed [N, h]", "packed [h]", "bool [N, h]")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -53,21 +56,21 @@ class Case:
         return f"{sizes}, {str(self.dtype).removeprefix('torch.')}, {self.density:.0%} set, mask {self.form}"
 
 
-def cases(rehearsal: bool) -> Iterator[Case]:
-    """Every case, or with `rehearsal` those of the odd sizes alone."""
-    sizes = ODD if rehearsal else (*((it.batch, it.tokens, it.d, it.h) for it in SHAPES), *ODD)
+def cases(small: bool) -> Iterator[Case]:
+    """Every case, or those of the odd sizes alone, which are small."""
+    sizes = ODD if small else (*((it.batch, it.tokens, it.d, it.h) for it in SHAPES), *ODD)
     for (batch, tokens, d, h), dtype, density, form in itertools.product(sizes, DTYPES, DENSITIES, FORMS):
         yield Case(batch, tokens, d, h, dtype, density, form)
 
 
-def check(operation: str, kernel: str, device: torch.device, rehearsal: bool) -> Iterator[dict[str, Any]]:
+def check(operation: str, kernel: str, device: torch.device, small: bool) -> Iterator[dict[str, Any]]:
     """The error of every case and the bound that it must not exceed, as JSON.
 
     Raises:
         KernelUnavailable: the kernel cannot run here.
     """
     generator = torch.Generator(device).manual_seed(0)
-    for case in cases(rehearsal):
+    for case in cases(small):
         error = relative_rms(*answers(operation, kernel, case, generator))
         found = asdict(case) | {"dtype": str(case.dtype).removeprefix("torch."), "case": str(case)}
         # A NaN is not below any bound, and JSON has none.
@@ -140,21 +143,23 @@ class Found:
     Attributes:
         cases: how many were compared.
         wrong: those that are wrong, in words.
-        worst: dtype → the largest error, as a share of its bound.
+        worst: dtype → the largest error that is a number, as a share of its bound.
         stop: why the kernel is not to be timed; empty where it runs and is right in fp16, the dtype that is timed.
+        failed: whether it is wrong in any case, or its check came to no end; not where it cannot run here.
     """
 
     cases: int
     wrong: tuple[str, ...]
     worst: Mapping[str, float]
     stop: str
+    failed: bool
 
 
-def check_all(rehearsal: bool) -> dict[tuple[str, str], Found]:
+def check_all(small: bool) -> dict[tuple[str, str], Found]:
     """(operation, kernel) → what was found: each in a process of its own, so that a crash stays there; all at once."""
     names = [(it, kernel) for it, kernels in ops.KERNELS.items() for kernel in kernels if kernel != "reference"]
     with ThreadPoolExecutor(len(names)) as pool:
-        return dict(zip(names, pool.map(lambda it: _check_apart(it[0], it[1], rehearsal), names), strict=True))
+        return dict(zip(names, pool.map(lambda it: _check_apart(it[0], it[1], small), names), strict=True))
 
 
 def found_in(out: str, errors: str, status: int | None) -> Found:
@@ -164,9 +169,9 @@ def found_in(out: str, errors: str, status: int | None) -> Found:
     wrong = [it for it in cases if not it["right"]]
     worst: dict[str, float] = {}
     for it in cases:
-        share = float(it["error"]) / it["bound"]
-        worst[it["dtype"]] = max(worst.get(it["dtype"], 0.0), math.inf if math.isnan(share) else share)
-    unavailable = [it["unavailable"] for it in lines if "unavailable" in it]
+        if math.isfinite(share := float(it["error"]) / it["bound"]):
+            worst[it["dtype"]] = max(worst.get(it["dtype"], 0.0), share)
+    unavailable = [it["unavailable"] for it in lines if "unavailable" in it and status == UNAVAILABLE]
     stop = ""
     if unavailable:
         stop = unavailable[0]
@@ -177,11 +182,12 @@ def found_in(out: str, errors: str, status: int | None) -> Found:
         stop = f"its check ended with status {status}: {last[:300]}"
     elif any(it["dtype"] == "float16" for it in wrong):
         stop = "it is wrong"
-    return Found(len(cases), tuple(f"{it['case']}: {it['error']}" for it in wrong), worst, stop)
+    failed = bool(wrong) or (bool(stop) and not unavailable)
+    return Found(len(cases), tuple(f"{it['case']}: {it['error']}" for it in wrong), worst, stop, failed)
 
 
-def _check_apart(operation: str, kernel: str, rehearsal: bool) -> Found:
-    command = [sys.executable, __file__, operation, kernel, *(["--dry-run"] if rehearsal else [])]
+def _check_apart(operation: str, kernel: str, small: bool) -> Found:
+    command = [sys.executable, __file__, operation, kernel, *(["--small"] if small else [])]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)  # noqa: S603 - this file
     except subprocess.TimeoutExpired as stopped:
@@ -195,17 +201,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("operation", choices=ops.KERNELS)
     parser.add_argument("kernel")
-    parser.add_argument("--dry-run", action="store_true", help="on the CPU, without the large sizes")
+    parser.add_argument("--small", action="store_true", help="without the large sizes, as under a sanitizer")
     options = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     right = True
     try:
-        for found in check(
-            options.operation, options.kernel, torch.device("cpu" if options.dry_run else "cuda"), options.dry_run
-        ):
+        for found in check(options.operation, options.kernel, device, options.small):
             print(json.dumps(found), flush=True)
             right &= found["right"]
     except KernelUnavailable as error:
         print(json.dumps({"unavailable": str(error)}))
+        return UNAVAILABLE
     return int(not right)
 
 

@@ -14,10 +14,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bakeout.kernels import ops, reference
+from bakeout.kernels.build import library
+from bakeout.kernels.errors import KernelUnavailable
 from bakeout.kernels.packing import pack_mask
 
 DENSITY = 0.01
 COPY = "copy of as many bytes"
+PROVIDERS = {"cuda": "CUDAExecutionProvider", "cpu": "CPUExecutionProvider"}
 
 
 class Inputs(NamedTuple):
@@ -42,7 +45,7 @@ class Versions:
     """All ways to compute one thing.
 
     Attributes:
-        baselines: name → without a kernel of ours.
+        baselines: name → without a kernel of ours. What the first gives, every fused one has to give.
         fused: name → with one.
         needs: name of a fused one → (operation, kernel).
         bytes: that a fused one must move.
@@ -152,6 +155,58 @@ def in_words(tile: Any) -> str:
     return f"{sizes}, {tile.num_warps} warps, {tile.num_stages} stages"
 
 
+def masked_geglu_in_onnxruntime(shape: Shape, stream: int | None) -> Versions:
+    """GEGLU, patched, as one node with a constant mask and values: by our library, and by its function body.
+
+    PyTorch's tensors are bound as they are, so that it reads and writes them in place. Runs are queued on one stream,
+    without waiting.
+
+    Args:
+        shape: of what sizes.
+        stream: the CUDA stream that runs it; None runs it on the CPU.
+
+    Raises:
+        KernelUnavailable: this ONNX Runtime has no CUDA provider.
+        ImportError: there is no ONNX Runtime, or no onnx-ir.
+    """
+    import onnxruntime
+
+    device = "cpu" if stream is None else "cuda"
+    if PROVIDERS[device] not in onnxruntime.get_available_providers():
+        raise KernelUnavailable(
+            "this ONNX Runtime has no CUDA provider: install onnxruntime-gpu in place of onnxruntime"
+        )
+    model = model_of(shape)
+    return Versions(
+        baselines={"function body": _session(model, device, stream, with_library=False)},
+        fused={"library": _session(model, device, stream, with_library=True)},
+        needs={"library": ("masked_geglu", "cuda")},
+        bytes=masked_geglu_bytes(shape, DENSITY),
+        flops=0,
+    )
+
+
+def model_of(shape: Shape) -> bytes:
+    """An ONNX model of fp16 with one node of ours and its function body."""
+    import onnx_ir as ir
+
+    from bakeout.export.custom_ops import DOMAIN, MASKED_GEGLU, PLUGIN, VERSION, functions_of
+
+    given = draw(shape, torch.device("cpu"))
+    opsets = {"": 20, DOMAIN: VERSION}
+    half = ir.TensorType(ir.DataType.FLOAT16)
+    proj = ir.Value(name="proj", shape=ir.Shape(given.proj.shape), type=half)
+    constants = [
+        ir.Value(name=name, const_value=ir.tensor(tensor.numpy(), name=name))
+        for name, tensor in {"mask": given.mask, "value": given.value}.items()
+    ]
+    out = ir.Value(name="out", shape=ir.Shape((shape.batch, shape.tokens, shape.h)), type=half)
+    node = ir.node(MASKED_GEGLU, [proj, *constants], PLUGIN, domain=DOMAIN, outputs=[out])
+    graph = ir.Graph([proj], [out], nodes=[node], initializers=constants, opset_imports=opsets, name="masked_geglu")
+    made: bytes = ir.to_proto(ir.Model(graph, ir_version=10, functions=functions_of(graph))).SerializeToString()
+    return made
+
+
 OPERATIONS: Mapping[str, Callable[..., Versions]] = {
     "masked_geglu": masked_geglu,
     "masked_geglu_linear": masked_geglu_linear,
@@ -198,5 +253,29 @@ def then_second(first: Version) -> Version:
 
 
 def compiled(function: Callable[..., Tensor], backend: str) -> Callable[..., Any]:
-    """The function through torch.compile, for one shape."""
-    return torch.compile(function, dynamic=False, backend=backend)
+    """The function through torch.compile, as one graph, for one shape."""
+    return torch.compile(function, fullgraph=True, dynamic=False, backend=backend)
+
+
+def _session(model: bytes, device: str, stream: int | None, with_library: bool) -> Version:
+    import numpy as np
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    if with_library:
+        options.register_custom_ops_library(str(library("cpu" if stream is None else "cuda")))
+    settings = {} if stream is None else {"user_compute_stream": str(stream)}
+    session = onnxruntime.InferenceSession(model, options, providers=[(PROVIDERS[device], settings)])
+    queued = onnxruntime.RunOptions()
+    queued.add_run_config_entry("disable_synchronize_execution_providers", "1")
+
+    def run(inputs: Inputs) -> Tensor:
+        proj = inputs.proj
+        out = torch.empty((*proj.shape[:-1], proj.shape[-1] // 2), dtype=proj.dtype, device=proj.device)
+        binding = session.io_binding()
+        binding.bind_input("proj", device, 0, np.float16, proj.shape, proj.data_ptr())
+        binding.bind_output("out", device, 0, np.float16, out.shape, out.data_ptr())
+        session.run_with_iobinding(binding, queued)
+        return out
+
+    return run

@@ -27,8 +27,9 @@ _PROVIDERS: Final = frozenset({"CPUExecutionProvider", _CUDA})
 _OPSET_IMPORT, _OPSET_DOMAIN = 8, 1
 _LENGTH_DELIMITED: Final = 2
 _FIXED: Final = {1: 8, 5: 4}
-# No import of operators is so long, in bytes.
-_MAX_IMPORT: Final = 1 << 16
+# No model has so many fields, and no import of operators so many bytes.
+_MAX_FIELDS: Final = 1 << 14
+_MAX_IMPORT: Final = 1 << 10
 _MAX_VARINT: Final = 10
 # A protobuf is smaller than 2 GiB.
 _MAX_SEEK: Final = (1 << 31) - 1
@@ -87,7 +88,9 @@ def _loadable(providers: Sequence[str]) -> Path:
 
 def _fields(file: BinaryIO, wanted: int) -> Iterator[bytes]:
     """The contents of a protobuf message's fields of one number that have a length, up to what is no protobuf."""
-    while (tag := _varint(file)) is not None:
+    for _ in range(_MAX_FIELDS):
+        if (tag := _varint(file)) is None:
+            return
         number, kind = divmod(tag, 8)
         if kind == 0:
             _varint(file)

@@ -23,8 +23,8 @@ from typing import Final, Literal
 from bakeout.kernels.errors import KernelUnavailable
 
 CSRC: Final = Path(__file__).parent / "csrc"
-# The first of these that nvcc knows is kept as PTX too, which the driver compiles for the GPUs that none of them is for:
-# those of 11.0, and those to come.
+# The first of these that nvcc knows is kept as PTX too, which the driver compiles for the GPUs that none of them is
+# for: those of 11.0, and those to come.
 ARCHITECTURES: Final = (80, 86, 89, 90, 100, 120)
 _SUFFIXES: Final = {"cpu": (".cc",), "cuda": (".cc", ".cu")}
 _CXX_FLAGS: Final = ("-O3", "-std=c++17", "-shared")
@@ -133,15 +133,20 @@ def _check_private(path: Path, is_kind: Callable[[int], bool]) -> None:
 
 def _build(command: Sequence[str], sources: Sequence[Path], path: Path) -> None:
     # Aside, and renamed: another process that asks meanwhile, or after a build that was killed, sees all or nothing.
-    with TemporaryDirectory(dir=path.parent, prefix="building-") as aside:
-        new = Path(aside) / path.name
-        done = _run((*command, "-o", str(new), *map(str, sources)), TMPDIR=aside)
-        if done.returncode or not new.is_file():
-            raise KernelUnavailable(
-                f"{command[0]} cannot build the kernel ({_first_error(done.stderr)}); mend or change the compiler"
-            )
-        new.chmod(0o600)
-        new.replace(path)
+    try:
+        with TemporaryDirectory(dir=path.parent, prefix="building-") as aside:
+            new = Path(aside) / path.name
+            done = _run((*command, "-o", str(new), *map(str, sources)), TMPDIR=aside)
+            if done.returncode or not new.is_file():
+                raise KernelUnavailable(
+                    f"{command[0]} cannot build the kernel ({_first_error(done.stderr)}); mend or change the compiler"
+                )
+            new.chmod(0o600)
+            new.replace(path)
+    except OSError as error:
+        raise KernelUnavailable(
+            f"the built kernel cannot be kept ({error}); let XDG_CACHE_HOME name a folder that you can write"
+        ) from error
 
 
 def _run(command: Sequence[str], **environment: str) -> subprocess.CompletedProcess[str]:

@@ -97,7 +97,8 @@ def test_onnx_runtime_draws_where_it_can(exported, tiny_model, monkeypatch):
         ({"threads": 0}, "threads is 0"),
         ({"name": "torch", "device": "gpu"}, "is no device"),
         ({"compiled": True}, "--compile belongs to torch, and onnxruntime draws"),
-        ({"name": "torch", "kernels": "triton"}, "--kernels triton: no operator of this model needs a fused kernel"),
+        ({"name": "torch", "kernels": "triton"}, "--kernels triton: this model has no operator that a kernel of ours"),
+        ({"kernels": "library"}, "--kernels library: this model has no operator that a kernel of ours computes"),
     ],
 )
 def test_a_setting_of_the_other_runtime_is_refused(exported, settings, words):

@@ -71,14 +71,22 @@ def with_kernels_chosen(sessions: SessionSettings | None) -> SessionSettings:
     return replace(sessions, kernels="function") if sessions.kernels == "auto" else sessions
 
 
-def check_kernels(sessions: SessionSettings | None, folder: Path) -> None:
-    """Raise InputError for a library of kernels that the graphs in `folder` want and that is not here."""
-    if importlib.util.find_spec("onnxruntime") is None:
-        return
-    from bakeout.export.onnx_pipeline import GRAPH
-    from bakeout.export.op_library import op_library
+def own_kernels(sessions: SessionSettings | None, folder: Path) -> str | None:
+    """What computes operators of ours in the graphs in `folder`; None where there are none.
 
-    op_library(folder.glob(f"*/{GRAPH}"), with_kernels_chosen(sessions))
+    Raises:
+        InputError: it is the library, which is not here.
+    """
+    from bakeout.export.onnx_pipeline import GRAPH
+    from bakeout.export.op_library import has_own_operators, op_library
+
+    graphs = [path for path in folder.glob(f"*/{GRAPH}") if has_own_operators(path)]
+    if not graphs:
+        return None
+    chosen = with_kernels_chosen(sessions)
+    if importlib.util.find_spec("onnxruntime") is not None:
+        op_library(graphs, chosen)
+    return chosen.kernels
 
 
 @contextmanager

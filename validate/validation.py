@@ -46,8 +46,8 @@ from bakeout.validate.audit import (
 from bakeout.validate.configuration import check_configuration
 from bakeout.validate.contract import contract, run_network
 from bakeout.validate.devices import (
-    check_kernels,
     check_providers,
+    own_kernels,
     why_not_started,
     with_exact_products,
     with_kernels_chosen,
@@ -201,8 +201,7 @@ def validate(
     profile = profile or _recorded_profile(artifact.manifest)
     chosen = _chosen(artifact, targets)
     check_providers(sessions)
-    if ONNX in chosen:
-        check_kernels(sessions, artifact.folder / ONNX)
+    kernels = own_kernels(sessions, artifact.folder / ONNX) if ONNX in chosen else None
     count = PROFILES[profile] if count is None else count
     if count < 2:
         raise InputError(f"count is {count}: it must be 2 or more, for prompts with what was erased and without")
@@ -211,7 +210,7 @@ def validate(
     trials = trials_of(artifact.manifest, None if prompts is None else Path(prompts), count, seed)
     _check_edit_given(artifact, None if edit is None else Path(edit))
     model = open_base(artifact, base)
-    own = _Validation(artifact, model, trials, device, sessions, detector_of(artifact.manifest))
+    own = _Validation(artifact, model, trials, device, sessions, kernels, detector_of(artifact.manifest))
     baked = own.check_files(None if edit is None else Path(edit))
     if baked is not None:
         own.compare(baked, asked, chosen, progress or (lambda _: None))
@@ -223,7 +222,7 @@ class _Validation:
 
     def __init__(
         self, artifact: Artifact, model: Model, trials: Sequence[Trial], device: str,
-        sessions: SessionSettings | None, detector: Detector | None,
+        sessions: SessionSettings | None, kernels: str | None, detector: Detector | None,
     ) -> None:  # fmt: skip
         self.artifact = artifact
         self.model = model
@@ -231,6 +230,7 @@ class _Validation:
         self.groups = _groups(trials)
         self.device = device
         self.sessions = with_exact_products(sessions)
+        self.kernels = kernels
         self.detector = detector
         self.pictures: dict[str, bytes] = {}
         self._settings: dict[str, Any] = {}
@@ -502,7 +502,7 @@ class _Validation:
             "negative_prompt": None,
             "device": self.device,
             "providers": list(self.sessions.providers) if self.sessions else ["CPUExecutionProvider"],
-            "kernels": with_kernels_chosen(self.sessions).kernels,
+            "kernels": self.kernels,
         }
         shape = (pipeline.unet.config.in_channels, height // factor, width // factor)
         batch = max(1, min(_BATCH, _BATCH_PIXELS // (width * height)))

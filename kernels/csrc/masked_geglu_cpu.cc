@@ -199,6 +199,7 @@ int bakeout_cpu_isa() {
 }
 
 void bakeout_pack_mask(const uint8_t* mask, uint8_t* bits, int64_t rows, int64_t width) {
+  if (width == 0) return;  // of which a shape may have any number of rows
   for (int64_t row = 0; row < rows; ++row, mask += width)
     for (int64_t start = 0; start < width; start += 8) {
       uint8_t byte = 0;

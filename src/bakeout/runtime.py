@@ -123,9 +123,7 @@ def runtime_for(
             model = source_of(opened, base)
             own = kernel_for(opened.edit, model, asked, device)
         elif asked is not None:
-            raise InputError(
-                f"--kernels {asked}: no operator of this model needs a fused kernel in torch; leave it out"
-            )
+            raise _unneeded(kernels)
         return Runtime(name, device, dtype_from_text(dtype, device), None, own, model, compiled)
     if not isinstance(opened, Artifact):
         raise InputError(f"{opened.source} is no artifact, so only torch can draw with it: leave --runtime out")
@@ -148,8 +146,14 @@ def runtime_for(
         check_providers(sessions)
         own = "function" if op_library(graphs, sessions) is None else "library"
         sessions = replace(sessions, kernels=own)
+    elif kernels != "auto":
+        raise _unneeded(kernels)
     device = device_from_text("auto")
     return Runtime(name, device, dtype_from_text("fp32", device), sessions, own)
+
+
+def _unneeded(kernels: str) -> InputError:
+    return InputError(f"--kernels {kernels}: this model has no operator that a kernel of ours computes; leave it out")
 
 
 def _refuse(given: dict[str, bool], owner: str, runtime: str, cure: str) -> None:

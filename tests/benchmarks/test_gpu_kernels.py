@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -21,7 +22,7 @@ from bakeout.kernels.errors import KernelUnavailable
 CARD = Card(copy=1e12, matmul=1e14)
 SHAPE = Shape("tiny", 2, 5, 8)
 NAMES = (("masked_geglu", "triton"), ("masked_geglu", "cuda"), ("masked_geglu_linear", "triton"))
-STOPPED = {name: Found(1, (), {}, "there is no such thing here") for name in NAMES}
+STOPPED = {name: Found(1, (), {}, "there is no such thing here", failed=False) for name in NAMES}
 
 
 def versions(fused, bytes_moved=1000):
@@ -52,6 +53,41 @@ def test_a_kernel_that_fails_and_one_that_does_not():
     assert mine.of_copy == pytest.approx(1000 / mine.seconds / 1e12)
     assert "misses of copy 0.9" in mine.remark
     assert "cannot judge patched, compiled" in mine.remark
+
+
+def test_a_kernel_that_is_right_in_its_check_and_wrong_here_is_not_timed():
+    right = {name: replace(found, stop="") for name, found in STOPPED.items()}
+    fused = {"mine": lambda _: torch.ones(1), "off": lambda _: torch.full((1,), 1.01),
+             "nan": lambda _: torch.full((1,), float("nan")), "short": lambda _: torch.ones(2)}  # fmt: skip
+    eager, *found = rows(fused, right)
+    assert [bool(it.seconds) for it in (eager, *found)] == [True, True, False, False, False]
+    assert [gpu_kernels.WRONG in it.remark for it in found] == [False, True, True, True]
+    assert found[1].remark == "not timed: it is wrong, 1.0e-02 from patched, eager"
+
+
+@pytest.mark.parametrize(
+    ("check", "remark", "status"),
+    [
+        (STOPPED[NAMES[0]], "", 0),
+        (replace(STOPPED[NAMES[0]], failed=True), "", 1),
+        (replace(STOPPED[NAMES[0]], stop=""), f"not timed: {gpu_kernels.WRONG}, nan from patched, eager", 1),
+        (replace(STOPPED[NAMES[0]], stop=""), "not timed: RuntimeError: no", 0),
+    ],
+)
+def test_the_exit_status_says_whether_anything_is_wrong(monkeypatch, tmp_path, capsys, check, remark, status):
+    stands_in = {
+        "check_all": lambda small: {NAMES[0]: check},
+        "on_gpu": gpu_kernels.rehearsal,
+        "measured": lambda *args, **options: [gpu_kernels.Row("masked_geglu", "tiny", "mine", remark=remark)],
+    }
+    for name, it in stands_in.items():
+        monkeypatch.setattr(gpu_kernels, name, it)
+    monkeypatch.setattr(gpu_kernels, "machine", dict)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(sys, "argv", ["gpu_kernels.py", "-o", str(tmp_path / "kernels.json")])
+    assert gpu_kernels.main() == status
+    assert remark in capsys.readouterr().out
+    assert json.loads((tmp_path / "kernels.json").read_text(encoding="utf-8"))["rows"][0]["remark"] == remark
 
 
 def test_what_cannot_be_made_is_one_line():
@@ -144,7 +180,8 @@ def test_a_sweep_times_every_tile_and_the_one_that_is_taken():
 @pytest.mark.slow
 def test_the_rehearsal(root, tmp_path):
     command = [sys.executable, root / "benchmarks" / "gpu_kernels.py", "--dry-run", "-o", tmp_path / "kernels.json"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    without_gpu = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=without_gpu)
     assert done.returncode == 2, done.stderr
     report = json.loads((tmp_path / "kernels.json").read_text(encoding="utf-8"))
     timed = {(it["operation"], it["version"]) for it in report["rows"] if it["seconds"]}

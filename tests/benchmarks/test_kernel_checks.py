@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import asdict
 from types import ModuleType
 
 import kernel_checks
@@ -64,7 +65,7 @@ def errors(monkeypatch):
         module.__dict__[operation] = kernel
         monkeypatch.setitem(sys.modules, module.__name__, module)
         monkeypatch.setitem(ops.KERNELS[operation], "tested", module.__name__)
-        return list(kernel_checks.check(operation, "tested", CPU, rehearsal=True))
+        return list(kernel_checks.check(operation, "tested", CPU, small=True))
 
     return run
 
@@ -122,7 +123,8 @@ WRONG_IN_FP32 = {"case": "three", "dtype": "float32", "error": 1.0, "bound": 1e-
         (lines(RIGHT), "", 0, "", 0),
         (lines(RIGHT, WRONG), "", 1, "it is wrong", 1),
         (lines(RIGHT, WRONG_IN_FP32), "", 1, "", 1),
-        (lines({"unavailable": "there is no nvcc; install it"}), "", 0, "there is no nvcc; install it", 0),
+        (lines({"unavailable": "there is no nvcc; install it"}), "", 2, "there is no nvcc; install it", 0),
+        ("", "usage: it was called wrongly", 2, "its check ended with status 2: usage: it was called wrongly", 0),
         (lines(RIGHT), "\nillegal address\n\n", -6, "its check ended with status -6: illegal address", 0),
         (lines(RIGHT), "Traceback\nKeyError: 'x'", 1, "its check ended with status 1: KeyError: 'x'", 0),
         (lines(RIGHT, WRONG), "", 0, "its check ended with status 0: it said nothing", 1),
@@ -133,7 +135,18 @@ WRONG_IN_FP32 = {"case": "three", "dtype": "float32", "error": 1.0, "bound": 1e-
 def test_what_a_process_of_a_check_told(out, errors, status, stop, wrong):
     found = kernel_checks.found_in(out, errors, status)
     assert (found.stop, len(found.wrong)) == (stop, wrong)
+    assert found.failed == (stop != "there is no nvcc; install it" and bool(stop or wrong))
 
 
-def test_nan_is_the_largest_error():
-    assert kernel_checks.found_in(lines(WRONG, RIGHT), "", 1).worst == {"float16": float("inf")}
+def test_the_largest_error_is_a_number_and_json_has_it():
+    found = kernel_checks.found_in(lines(WRONG, RIGHT), "", 1)
+    assert found.worst == {"float16": RIGHT["error"] / RIGHT["bound"]}
+    json.dumps(asdict(found), allow_nan=False)
+
+
+@pytest.mark.parametrize("kernel", ["triton", "cuda", "nonesuch"])
+def test_a_kernel_that_cannot_run_here_is_not_one_that_passed(monkeypatch, capsys, kernel):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["kernel_checks.py", "masked_geglu", kernel, "--small"])
+    assert kernel_checks.main() == 2
+    assert json.loads(capsys.readouterr().out).keys() == {"unavailable"}

@@ -88,6 +88,14 @@ def test_little_of_a_large_graph_is_read(tmp_path: Path) -> None:
     assert [len(it) for it in fields] == [len(it.SerializeToString()) for it in onnx.load(path).opset_import]
 
 
+@pytest.mark.parametrize("unit", [b"\x08\x00", b"\x42\x00"])
+def test_little_of_what_is_nothing_but_fields_is_read(tmp_path: Path, unit: bytes) -> None:
+    (tmp_path / "file").write_bytes(unit * 1_000_000)
+    with (tmp_path / "file").open("rb", buffering=0) as file:
+        assert not any(map(len, module._fields(file, 8)))
+        assert file.tell() < 50_000
+
+
 def test_the_library_runs_unless_function_bodies_are_asked_for(tmp_path: Path) -> None:
     path = write_graph(tmp_path / "own")
     answers = {kernels: run(path, 4, kernels) for kernels in ("auto", "library", "function")}

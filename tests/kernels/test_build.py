@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import signal
 import subprocess
@@ -200,6 +201,16 @@ def test_where_the_cache_is(sources, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     with pytest.raises(KernelUnavailable, match="let XDG_CACHE_HOME name one that you can write"):
+        build.library("cpu")
+
+
+@pytest.mark.parametrize("failing", ["TemporaryDirectory", "Path.replace"])
+def test_a_cache_that_cannot_be_written_is_said(sources, monkeypatch, failing):
+    def refuse(*_, **__):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(f"bakeout.kernels.build.{failing}", refuse)
+    with pytest.raises(KernelUnavailable, match=r"Read-only file system.*; let XDG_CACHE_HOME name a folder that you"):
         build.library("cpu")
 
 

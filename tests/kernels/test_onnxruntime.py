@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import gc
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.special import ndtr
 
+from bakeout.kernels import build
 from bakeout.kernels.build import library
 from bakeout.kernels.packing import pack_mask
 
@@ -26,7 +29,7 @@ from onnx import TensorProto, helper, numpy_helper  # noqa: E402 - where it is i
 INSTRUCTIONS = (0, 1, 2)
 DTYPES = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
 TYPES = {np.float32: TensorProto.FLOAT, np.float16: TensorProto.FLOAT16}
-# Measured: 0.90, of the size of a float's steps below it.
+# Measured: 0.98 of it, and 0.93 with fused multiply-adds.
 GELU_ERROR = 2.0**-23
 
 
@@ -160,6 +163,15 @@ def test_masks_are_packed_as_everywhere(entries: Any, width: int) -> None:
         ctypes.c_void_p(mask.data_ptr()), ctypes.c_void_p(bits.data_ptr()), ctypes.c_int64(5), ctypes.c_int64(width)
     )
     assert torch.equal(bits, pack_mask(mask.to(torch.bool)))
+
+
+def test_rows_of_nothing_take_no_time(tmp_path: Path) -> None:
+    """Without optimisation, in which a compiler may drop a loop that does nothing."""
+    plain = tmp_path / "plain.so"
+    command = [build._cxx(), "-O0", "-std=c++17", "-shared", "-fPIC", "-o", plain, build.CSRC / "masked_geglu_cpu.cc"]
+    subprocess.run(command, check=True)
+    call = f"from ctypes import *; CDLL({str(plain)!r}).bakeout_pack_mask(None, None, c_int64(1 << 62), c_int64(0))"
+    subprocess.run([sys.executable, "-c", call], check=True, timeout=10)
 
 
 def function() -> Any:

@@ -200,7 +200,8 @@ class Report(_Record):
         edit: digest of the Edit.
         erased: a line for each concept, with its method.
         profile: `quick` or `release`.
-        settings: how was drawn: steps, guidance, scheduler, size, seeds, negative prompt, providers, kernels.
+        settings: how was drawn: steps, guidance, scheduler, size, seeds, negative prompt, providers, kernels (null
+            where no graph has operators of ours).
         tools: versions.
         checks: all of them, at least one, failed ones first.
         tensors: the table of component parity.

@@ -7,9 +7,8 @@ import onnxruntime
 import pytest
 import torch
 from budget import Shape
-from kernel_versions import draw
+from kernel_versions import draw, masked_geglu_in_onnxruntime, model_of
 from onnx import numpy_helper
-from onnxruntime_versions import masked_geglu_in_onnxruntime, model_of
 
 from bakeout.kernels import reference
 from bakeout.kernels.errors import KernelUnavailable
@@ -30,7 +29,7 @@ def test_both_give_what_the_definition_gives(monkeypatch):
     monkeypatch.setattr("kernel_versions.DENSITY", 0.25)
     given = draw(SHAPE, torch.device("cpu"))
     model = model_of(SHAPE)
-    monkeypatch.setattr("onnxruntime_versions.model_of", lambda shape: model)
+    monkeypatch.setattr("kernel_versions.model_of", lambda shape: model)
     patch = {it.name: torch.tensor(numpy_helper.to_array(it)) for it in onnx.load_from_string(model).graph.initializer}
     expected = reference.masked_geglu(given.proj.double(), patch["mask"], patch["value"].double())
     unpatched = reference.masked_geglu(given.proj.double(), torch.zeros_like(patch["mask"]), patch["value"].double())
