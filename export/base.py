@@ -36,7 +36,7 @@ def source_of(artifact: Artifact, base: Model | str | os.PathLike[str] | None = 
         if recorded.format not in ("builtin", "hub"):
             raise InputError(
                 f"{artifact.folder} was made from {recorded.name!a:.200}, a {recorded.format.replace('_', ' ')} of "
-                "which it knows no place; give that model with --base"
+                "which it knows no place; give that model as the base (--base)"
             )
         base = recorded.name
     return open_model(base)
@@ -47,5 +47,5 @@ def check_base(artifact: Artifact, model: Model) -> None:
     if not artifact.matches(model):
         raise InputError(
             f"{model.source} is not the model {artifact.manifest.base.name!a:.200} from which {artifact.folder} was "
-            "made; give that model with --base"
+            "made; give that model as the base (--base)"
         )

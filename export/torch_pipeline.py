@@ -7,8 +7,9 @@ fused kernel; other patches are a `where`; and operations on a text encoder are 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from threading import Lock
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
 
 # Of the tensors on which a kernel is tried: of one token, and wide enough for any alignment.
 _TRIED_WIDTH = 64
+# A text encoder is edited by hooks that hold the tokens of a call, so calls in other threads wait.
+_STEERING = Lock()
 
 
 class DensePatch(PlacedPatch):
@@ -112,6 +115,14 @@ class _WideSiteEdit(SiteEdit):
         own = next(it.dtype for it in self.parameters() if it.is_floating_point())
         return super().forward(y.to(own), input_ids).to(y.dtype)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Module:
+        def moved(it: Tensor) -> Tensor:
+            to = fn(it)
+            return it.to(to.device, torch.promote_types(it.dtype, to.dtype))
+
+        # Whoever makes the encoder narrower later does not make this narrower.
+        return cast(Module, super()._apply(moved, recurse))  # type: ignore[no-untyped-call]
+
 
 class _Edited(Module):
     """What the class of an edited network is in front of; a compiled network is called behind it."""
@@ -138,7 +149,7 @@ class _EditedTextEncoder(_Edited):
         if input_ids is None:
             raise InputError("the edit of this text encoder depends on its tokens; give it input_ids")
         self._check_length(input_ids)
-        with steering(self, cast(Sequence[SiteEdit], self.site_edits), input_ids):
+        with _STEERING, steering(self, cast(Sequence[SiteEdit], self.site_edits), input_ids):
             return super().__call__(input_ids, *args, **settings)
 
 
@@ -152,6 +163,12 @@ class _EditedUNet(_Edited):
             raise InputError(f"this model takes latents of {own} (width x height) only, not {given}; choose that size")
         self._check_length(encoder_hidden_states)
         return super().__call__(sample, timestep, encoder_hidden_states, *args, **settings)
+
+    def fuse_qkv_projections(self) -> None:
+        patches = (it for it in self.modules() if isinstance(it, DensePatch))
+        if name := next((it.site.name for it in patches if it.site.kind in ("attn_key", "attn_value")), None):
+            raise InputError(f"the edit of {name} would be lost in fused projections; do not fuse them")
+        super().fuse_qkv_projections()  # type: ignore[misc]
 
 
 def load_torch_pipeline(
@@ -229,6 +246,8 @@ def _patched_pipeline(
             f"{artifact.folder} says that it is for another size than its edit is for; take it from its source again"
         )
     lowered = lower_onto(edit, base)
+    if dtype is not None:
+        _check_holds(lowered.state, dtype)
     left = placed_in(lowered.remaining, base)
     pipeline = load_pipeline(base, device, dtype, lowered.state)
     for component, operations in left.items():
@@ -247,6 +266,14 @@ def _patched_pipeline(
         hold_to(pipeline, latents)
     guard(pipeline, first_states(edit))
     return pipeline
+
+
+def _check_holds(state: Mapping[str, Mapping[str, Tensor]], dtype: torch.dtype) -> None:
+    """Raise InputError unless what folded, in the dtypes that are stored, is finite in another as well."""
+    for tensors in state.values():
+        for name, tensor in tensors.items():
+            if not tensor.to(dtype).isfinite().all():
+                raise InputError(f"the edited {name} is beyond what {dtype} holds; load it in torch.float32")
 
 
 def _stored_dtype(base: Model) -> torch.dtype:

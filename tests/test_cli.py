@@ -120,7 +120,7 @@ def test_generate_begins_with_a_picture(tiny_model, tmp_path):
         (["--device", "cpu"], "--device belongs to torch"),
         (["--provider", "NoExecutionProvider"], "choose from"),
         (["--threads", "0"], "threads is 0"),
-        (["--compare"], "give that model with --base"),
+        (["--compare"], "give that model as the base (--base)"),
         (["--compare", "--base", "shapes"], "is not the model 'tiny'"),
         (["--base", "shapes"], "--base is of --compare"),
         (["--image", "no.png"], "no.png is no file"),

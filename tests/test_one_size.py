@@ -198,7 +198,7 @@ def test_torch_draws_the_same_with_the_base(folder: Path, tiny_model: Path, tmp_
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ([], "a folder of which it knows no place; give that model with --base"),
+        ([], "a folder of which it knows no place; give that model as the base (--base)"),
         (["--base", "shapes"], "this Edit was made for another model"),
         (["--kernels", "triton"], "GPU"),
         (["--kernels", "library"], "--kernels library belongs to ONNX Runtime, and torch draws"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from copy import deepcopy
 from dataclasses import replace
 from functools import cache, partial
@@ -287,6 +288,44 @@ def test_a_hook_or_adapter_of_the_linear_still_acts(artifact_of: Callable[[str],
     assert not torch.equal(hooked, before)
 
 
+def test_calls_in_threads_do_not_edit_one_another(artifact_of: Callable[[str], Artifact], tiny_model: Path) -> None:
+    pipeline = artifact_of("SNCE").load("torch", dtype=torch.float32, base=tiny_model)
+    encoder = pipeline.text_encoder
+    given = [
+        pipeline.tokenizer(text, padding="max_length", max_length=77, return_tensors="pt").input_ids
+        for text in ("a bc", "")
+    ]
+
+    @torch.no_grad()
+    def encoded(ids: Tensor) -> Tensor:
+        found: Tensor = encoder(ids).last_hidden_state
+        return found
+
+    alone = [encoded(ids) for ids in given]
+    with ThreadPoolExecutor(1) as pool:
+        other: list[Future[Tensor]] = []
+
+        def begin(_module: Module, _args: object) -> None:
+            if not other:
+                other.append(pool.submit(encoded, given[1]))
+                # It ends in this time unless it has to wait for this call.
+                wait(other, 0.3)
+
+        handle = encoder.register_forward_pre_hook(begin)
+        together = encoded(given[0]), other[0].result()
+        handle.remove()
+    assert all(torch.equal(found, expected) for found, expected in zip(together, alone, strict=True))
+
+
+def test_fused_projections_do_not_lose_a_patch(artifact_of: Callable[[str], Artifact], tiny_model: Path) -> None:
+    with pytest.raises(InputError, match=r"the edit of unet\.\S+\.attn_key would be lost in fused projections"):
+        artifact_of("all").load("torch", dtype=torch.float32, base=tiny_model).fuse_qkv_projections()
+    pipeline = artifact_of("token-wise").load("torch", dtype=torch.float32, base=tiny_model)
+    before = drawn(pipeline)
+    pipeline.fuse_qkv_projections()
+    assert distance(drawn(pipeline), before, torch.zeros(())) < 1e-5
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_sixteen_bits(
     artifact_of: Callable[[str], Artifact], bakes: Callable[..., Artifact], tiny_model: Path, dtype: torch.dtype
@@ -307,11 +346,14 @@ def test_sixteen_bits(
     edits = snce.load("torch", dtype=dtype, base=model).text_encoder.site_edits
     assert {it.dtype for it in edits.parameters() if it.is_floating_point()} == {torch.float32}
     exact, base = references(model, snce.edit)
+    moved = snce.load("torch", dtype=torch.float32, base=model).to(dtype)
+    assert torch.equal(drawn(moved), drawn(snce.load("torch", dtype=dtype, base=model)))
     # Rounding is what there is between the hooks in both dtypes, too.
     own, hooked = drawn(snce.load("torch", dtype=dtype, base=model)), references(model, snce.edit, dtype=dtype)[0]
     assert distance(own, exact, base) < 1.5 * distance(hooked, exact, base) < 0.5
     width = model.site(LAYER).d_out
-    for large in (replace(token_wise(model)[0], value=torch.full(artifact.edit.operations[0].value.shape, 1e6)),
+    for large in (ShiftActivation(f"{LAYER}.ffn2", torch.full((width,), 1e6)),
+                  replace(token_wise(model)[0], value=torch.full(artifact.edit.operations[0].value.shape, 1e6)),
                   ShiftActivation(LAYER, torch.full((width,), 1e6), "prompted")):  # fmt: skip
         beyond = bakes(tiny_model, [large])
         if dtype == torch.float16:
@@ -431,7 +473,7 @@ def test_which_kernel(artifact_of: Callable[[str], Artifact], tiny_model: Path) 
 @pytest.mark.parametrize(
     ("case", "settings", "words"),
     [
-        ("token-wise", {"base": None}, r"a folder of which it knows no place; give that model with --base$"),
+        ("token-wise", {"base": None}, r"a folder of which it knows no place; give that model as the base \(--base\)$"),
         ("token-wise", {"base": "shapes"}, r"^this Edit was made for another model"),
         ("token-wise", {"kernels": "cudnn"}, r"^there is no kernel 'cudnn'; choose from reference, triton, cuda$"),
         ("token-wise", {"kernels": "triton"}, r"GPU"),
