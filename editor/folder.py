@@ -121,8 +121,8 @@ def _not_a_pipeline(folder: Path, source: str) -> InputError:
     names = sorted(path.name for path in folder.iterdir())
     if "bakeout.json" in names:
         has_weights = (folder / "diffusers").is_dir()
-        baked = f"give {folder / 'diffusers'} to edit it further" if has_weights else "it has no weights to edit"
-        return InputError(f"{source} is an artifact of bakeout: {baked}, or give the model that it was baked from")
+        further = f"give {folder / 'diffusers'} to edit it further, or " if has_weights else ""
+        return InputError(f"{source} is an artifact of bakeout: {further}give the model that it was baked from")
     if any(name.endswith(PICKLE_SUFFIXES) for name in names):
         return InputError(f"{source} has no model_index.json, only a pickle checkpoint; {PICKLE_CURE}")
     if checkpoints := [name for name in names if name.endswith(".safetensors")]:

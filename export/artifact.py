@@ -173,7 +173,7 @@ class Artifact:
                 built-in model or one of the hub by its name. All of its weights are compared with the artifact's
                 record.
             kernels: of torch, where an operator is left to a GEGLU: `reference`, `triton` or `cuda`, and never another
-                than that; None is `triton` on a CUDA device, else `reference`.
+                than that; None, or `auto`, is `triton` on a CUDA device, else `reference`.
             compile: of torch: compile the UNet when it is first called, which takes minutes once.
 
         Raises:
@@ -194,7 +194,10 @@ class Artifact:
             command = f"bakeout export {quote(str(self.folder))} --target {target}"
             raise InputError(f"{self.folder} has no {target}/; run `{command}`")
         if base is not None or kernels is not None or compile:
-            raise InputError("base, kernels and compile are torch's; leave them out, or load with torch")
+            raise InputError(
+                "base, kernels and compile are torch's; leave them out, or load with torch (ONNX Runtime's kernels are "
+                "those of SessionSettings, in sessions)"
+            )
         if str(device) != "cpu" or str(dtype) not in ("None", "torch.float32"):
             raise InputError("device and dtype are torch's; leave them out, and choose ONNX Runtime's providers")
         from bakeout.export.onnx_pipeline import load_onnx_pipeline

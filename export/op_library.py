@@ -63,7 +63,7 @@ def op_library(paths: Iterable[Path], settings: SessionSettings) -> Path | None:
         if settings.kernels == "library":
             raise InputError(f"{error}; else choose the kernels 'function'") from error
         warnings.warn(
-            f"the edit's operators run as plain ONNX, which is slower: {error}", FunctionBodyWarning, stacklevel=2
+            f"the edit's operators run as plain ONNX, which can be slower: {error}", FunctionBodyWarning, stacklevel=2
         )
         return None
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from safetensors import safe_open
 from torch import Tensor
+from torch._dynamo.exc import BackendCompilerFailed
 from torch.nn import Linear, Module, ModuleList
 
 from bakeout.editor.edit import Edit, PatchActivation, ShiftActivation, SteerLatents
@@ -181,6 +182,7 @@ def load_torch_pipeline(
     compiled: bool = False,
 ) -> Any:
     """The pipeline of an artifact in PyTorch: see `Artifact.load`, which says what the arguments are."""
+    kernels = None if kernels == "auto" else kernels
     if "diffusers" in artifact.manifest.targets:
         if base is not None:
             raise InputError(f"{artifact.folder} has diffusers/, which is all that torch needs; leave base out")
@@ -199,8 +201,23 @@ def compile_unet(pipeline: Any) -> None:
 
     Each new shape is compiled once; after the second batch size, any. The text encoders run once a prompt and the VAE
     once a picture, which would not earn back what their compilation takes.
+
+    Raises:
+        InputError: PyTorch cannot compile here.
     """
+    _try_compiler(pipeline.unet.device)
     pipeline.unet.compile(fullgraph=True)
+
+
+def _try_compiler(device: torch.device) -> None:
+    """Raise InputError unless PyTorch compiles here."""
+    try:
+        torch.compile(torch.neg)(torch.zeros(1, device=device))
+    except BackendCompilerFailed as error:
+        said = str(error.__cause__ or error).strip().partition("\n")[0][:200]
+        raise InputError(
+            f"PyTorch cannot compile here ({said}); install a C++ compiler, for a GPU also Triton, or leave compile out"
+        ) from error
 
 
 def kernel_for(edit: Edit, base: Model, kernels: str | None, device: str | torch.device) -> str | None:
@@ -213,7 +230,7 @@ def kernel_for(edit: Edit, base: Model, kernels: str | None, device: str | torch
         device: of torch.
 
     Raises:
-        InputError: there is no such kernel, or it was asked for and there is nothing for it to do.
+        InputError: there is no such kernel, or it was asked for and there is nothing for it to do, or no GPU.
     """
     sites = {site.name: site for site in base.sites}
     left = left_to_graph(edit, sites)
@@ -224,6 +241,8 @@ def kernel_for(edit: Edit, base: Model, kernels: str | None, device: str | torch
     if kernel not in KERNELS["masked_geglu"]:
         known = ", ".join(KERNELS["masked_geglu"])
         raise InputError(f"there is no kernel {kernel!a:.50}; choose from {known}")
+    if kernel != "reference" and torch.device(device).type != "cuda":
+        raise InputError(f"the kernels {kernel!a} need an NVIDIA GPU, and torch draws on {device}; leave kernels out")
     return kernel
 
 

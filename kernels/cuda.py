@@ -46,12 +46,12 @@ def masked_geglu(proj: Tensor, mask: Tensor, value: Tensor) -> Tensor:
         if not tensor.is_cuda or tensor.device != proj.device:
             raise KernelUnavailable(
                 f"{name} is on {tensor.device}, but the CUDA kernel takes tensors of one NVIDIA GPU; move them there, "
-                "or choose the kernel reference"
+                "or take the kernel 'reference'"
             )
     if proj.dtype not in ENTRY_POINTS:
         raise KernelUnavailable(
-            f"the CUDA kernel has no {proj.dtype}; convert to float32, float16 or bfloat16, or choose the kernel "
-            "reference"
+            f"the CUDA kernel has no {proj.dtype}; convert to float32, float16 or bfloat16, or take the kernel "
+            "'reference'"
         )
     library = load()
     with torch.cuda.device(proj.device):

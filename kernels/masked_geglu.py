@@ -27,7 +27,7 @@ try:
     import triton
     import triton.language as tl
 except ImportError as error:
-    raise KernelUnavailable("Triton is not installed: install bakeout[gpu], on Linux") from error
+    raise KernelUnavailable("Triton is not installed: run `pip install triton`, on Linux") from error
 
 # The pointer type of each dtype.
 POINTERS: Final[Mapping[torch.dtype, str]] = {

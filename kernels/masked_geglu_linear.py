@@ -32,7 +32,7 @@ try:
     import triton
     import triton.language as tl
 except ImportError as error:
-    raise KernelUnavailable("Triton is not installed: install bakeout[gpu], on Linux") from error
+    raise KernelUnavailable("Triton is not installed: run `pip install triton`, on Linux") from error
 
 _BYTES: Final = 16
 # Rows of tiles that are walked together, column by column, so that a weight that L2 holds is read from there by all.

@@ -89,13 +89,12 @@ def _check_dtypes(floats: dict[str, Tensor], mask: Tensor, value: Tensor) -> Non
 
 
 def _check_patch(mask: Tensor, value: Tensor) -> None:
-    width = value.shape[-1:]
-    if mask.dtype == torch.uint8:
-        width = torch.Size(packed_width(it) for it in width)
-    if value.ndim not in (1, 2) or mask.shape != (*value.shape[:-1], *width):
-        packed = " packed" if mask.dtype == torch.uint8 else ""
+    if value.ndim not in (1, 2) or (mask.dtype == torch.bool and mask.shape != value.shape):
+        raise ValueError(f"the mask is {[*mask.shape]} and the value {[*value.shape]}, not both [N, h] or both [h]")
+    packed = torch.Size((*value.shape[:-1], packed_width(value.shape[-1])))
+    if mask.dtype == torch.uint8 and mask.shape != packed:
         raise ValueError(
-            f"the{packed} mask is {[*mask.shape]} and the value {[*value.shape]}, not both [N, h] or both [h]"
+            f"the mask is uint8 {[*mask.shape]}; packed by pack_mask for a value of {[*value.shape]} it is {[*packed]}"
         )
 
 

@@ -25,7 +25,7 @@ from bakeout.generate import (
     draw_to_folder,
     dtype_from_text,
     recommended_settings,
-    reserve,
+    reserved,
     size_from_text,
 )
 
@@ -264,8 +264,8 @@ def test_a_dtype_is_read():
 
 def draw_into(folder: Path, pipeline, **settings) -> list[dict]:
     request = complete(Request(**{"prompts": ("a", "b ü"), "steps": 2, "count": 2} | settings), pipeline)
-    reserve(folder, request)
-    return draw_to_folder(pipeline, request, folder, {"model": "tiny"})
+    with reserved(folder, request):
+        return draw_to_folder(pipeline, request, folder, {"model": "tiny"})
 
 
 def test_what_is_written_says_what_it_was_drawn_from(pipeline, tmp_path):
@@ -300,20 +300,34 @@ def test_the_numbers_of_many_prompts_sort_as_names():
 
 def test_pictures_are_not_overwritten_unless_forced(tmp_path):
     request = Request(("a",))
-    reserve(tmp_path, request)
+    with reserved(tmp_path, request):
+        pass
     for name in ("1-0.png", "pictures.json"):
         (tmp_path / name).write_bytes(b"")
-        with pytest.raises(InputError, match=r"exists already.*--force"):
-            reserve(tmp_path, request)
-        reserve(tmp_path, request, force=True)
+        with pytest.raises(InputError, match=r"exists already.*--force"), reserved(tmp_path, request):
+            pass
+        with reserved(tmp_path, request, force=True):
+            pass
         (tmp_path / name).unlink()
+
+
+def test_a_folder_that_was_made_and_stays_empty_goes_again(tmp_path):
+    request, old, new = Request(("a",)), tmp_path / "old", tmp_path / "new"
+    old.mkdir()
+    for folder in (old, new):
+        with reserved(folder, request):
+            assert folder.is_dir()
+    assert (old.is_dir(), new.exists()) == (True, False)
+    with reserved(new, request):
+        (new / "1-0.png").write_bytes(b"")
+    assert (new / "1-0.png").exists()
 
 
 def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
     (tmp_path / "file").write_bytes(b"")
     for folder in (tmp_path / "file", tmp_path / "file" / "below"):
-        with pytest.raises(InputError, match="choose another folder"):
-            reserve(folder, Request(("a",)))
+        with pytest.raises(InputError, match="choose another folder"), reserved(folder, Request(("a",))):
+            pass
 
 
 def test_an_interrupted_run_leaves_whole_pictures_only(pipeline, tmp_path, monkeypatch):

@@ -200,7 +200,7 @@ def test_torch_draws_the_same_with_the_base(folder: Path, tiny_model: Path, tmp_
     [
         ([], "a folder of which it knows no place; give that model as the base (--base)"),
         (["--base", "shapes"], "this Edit was made for another model"),
-        (["--kernels", "triton"], "GPU"),
+        (["--kernels", "triton"], "the kernels 'triton' need an NVIDIA GPU, and torch draws on cpu"),
         (["--kernels", "library"], "--kernels library belongs to ONNX Runtime, and torch draws"),
         (["--size", "16x32"], "32x16"),
     ],
@@ -212,7 +212,7 @@ def test_what_torch_cannot_draw_is_one_sentence(
     done = torch_draws(folder, tmp_path / "none", *known, *arguments)
     assert (done.exit_code, done.output.count("\n")) == (2, 1)
     assert words in done.output
-    assert not (tmp_path / "none" / "1-0.png").exists()
+    assert not (tmp_path / "none").exists()
 
 
 def test_generate_draws_at_its_size(folder: Path, tmp_path: Path) -> None:
@@ -232,7 +232,7 @@ def test_generate_refuses_another_size_before_it_draws(folder: Path, tmp_path: P
     asked = size if "x" in size else f"{size}x{size}"
     why = "this edit is for pictures of 32x16 only (latents of 8x4), so leave it out\n"
     assert (done.exit_code, done.output.partition(f"size is {asked}: ")[2]) == (2, why)
-    assert not list((tmp_path / "out").iterdir())
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_picture_to_begin_with_becomes_its_size(folder: Path, tmp_path: Path) -> None:
@@ -300,7 +300,7 @@ def test_without_a_compiler_generate_says_so_and_draws(folder: Path, tmp_path: P
     done = generate(folder, tmp_path / "auto")
     assert done.exit_code == 0
     why = "there is no compiler for cpu; install one"
-    assert done.stderr == f"Warning: the edit's operators run as plain ONNX, which is slower: {why}\n"
+    assert done.stderr == f"Warning: the edit's operators run as plain ONNX, which can be slower: {why}\n"
     assert json.loads((tmp_path / "auto" / "pictures.json").read_text())["kernels"] == "function"
     done = generate(folder, tmp_path / "asked", "--kernels", "library")
     assert (done.exit_code, done.stderr) == (2, f"Error: {why}; else choose the kernels 'function'\n")

@@ -121,7 +121,7 @@ def without_weights(artifact, how: str):
 def test_of_graphs_alone_torch_draws_with_the_base(exported, tiny_model, pipelines, how):
     graphs = without_weights(open_any(exported), how)
     assert runtime_for(graphs).name == "onnxruntime"
-    with pytest.raises(InputError, match=r"made from 'tiny', a folder of which it knows no place; give .* --base$"):
+    with pytest.raises(InputError, match=r"made from 'tiny', a folder of which it knows no place; give .* \(--base\)$"):
         runtime_for(graphs, "torch")
     chosen = runtime_for(graphs, "torch", device="cpu", base=str(tiny_model))
     assert (chosen.kernels, chosen.base.path) == (None, tiny_model)

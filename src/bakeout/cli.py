@@ -173,8 +173,8 @@ def main() -> None:
     default="auto",
     show_default=True,
     help="What computes an edit's own operators: in ONNX Runtime bakeout's library, or the function bodies of plain "
-    "ONNX in the file; in PyTorch the reference, Triton or CUDA. auto is the library where it can be built, and Triton "
-    "on an NVIDIA GPU, else the bodies and the reference.",
+    "ONNX in the file; in PyTorch the reference, Triton or CUDA. In ONNX Runtime auto is the library, where it can be "
+    "built, else the bodies; in PyTorch it is Triton on an NVIDIA GPU, else the reference.",
 )
 @click.option("--compare", is_flag=True, help="Also draw an artifact's base and reference, and put all side by side.")
 @click.option("--compile", "compiled", is_flag=True, help="PyTorch compiles the UNet first, which takes minutes.")
@@ -214,7 +214,8 @@ def generate(
     other --size is refused.
 
     An artifact whose edit does not fold into weights has no diffusers/. With --runtime torch its base draws, which is
-    known where it is built in or of the hub, with the edit in its modules: those of the UNet's FFNs run in --kernels.
+    known where it is built in or of the hub, else --base; the edit is in its modules, and what patches the UNet's FFNs
+    is what --kernels names.
 
     The pictures are DIR/<number of the prompt>-<seed>.png and carry as text what they were drawn from;
     DIR/pictures.json lists them. The same command draws the same pictures on the same machine; another
@@ -252,16 +253,16 @@ def generate(
         )  # fmt: skip
     _quieten_libraries()
     comparison = comparison_for(opened, base) if compare else None
-    generation.reserve(folder, request, also=comparison.files(request) if comparison else (), force=force)
-    pipeline = chosen.load(opened)
-    only = opened.size if isinstance(opened, Artifact) else None
-    request = generation.complete(request, pipeline, recommended_for(opened), only)
-    facts = {"model": Path(model).name if Path(model).exists() else model, **chosen.facts}
-    with _progress_bar(len(request.pictures) * (3 if comparison else 1)) as bar:
-        entries = generation.draw_to_folder(pipeline, request, folder, facts, bar.update)
-        if comparison:
-            del pipeline  # two large models at a time may not fit into memory
-            comparison.write(request, folder, chosen, bar.update)
+    with generation.reserved(folder, request, also=comparison.files(request) if comparison else (), force=force):
+        pipeline = chosen.load(opened)
+        only = opened.size if isinstance(opened, Artifact) else None
+        request = generation.complete(request, pipeline, recommended_for(opened), only)
+        facts = {"model": Path(model).name if Path(model).exists() else model, **chosen.facts}
+        with _progress_bar(len(request.pictures) * (3 if comparison else 1)) as bar:
+            entries = generation.draw_to_folder(pipeline, request, folder, facts, bar.update)
+            if comparison:
+                del pipeline  # two large models at a time may not fit into memory
+                comparison.write(request, folder, chosen, bar.update)
     for problem in sorted({entry["problem"] for entry in entries if entry["problem"]}):
         files = [entry["file"] for entry in entries if entry["problem"] == problem]
         click.echo(

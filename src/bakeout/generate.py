@@ -12,7 +12,7 @@ import inspect
 import json
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -351,12 +351,26 @@ def problem_of_picture(pixels: NDArray[np.float32]) -> str | None:
     return "one colour all over" if np.ptp((pixels.clip(0, 1) * 255).round(), axis=(0, 1)).max() == 0 else None
 
 
-def reserve(folder: Path, request: Request, *, also: Sequence[str] = (), force: bool = False) -> None:
+@contextmanager
+def reserved(folder: Path, request: Request, *, also: Sequence[str] = (), force: bool = False) -> Iterator[None]:
     """Make the folder and see that the request's files, and those called `also`, can be written there, before any work.
+
+    A folder that was not there and stays empty is gone afterwards.
 
     Raises:
         InputError: the folder cannot be written, or has such files already and `force` is not given.
     """
+    was_there = folder.exists()
+    try:
+        _reserve(folder, request, also, force)
+        yield
+    finally:
+        if not was_there:
+            with suppress(OSError):
+                folder.rmdir()
+
+
+def _reserve(folder: Path, request: Request, also: Sequence[str], force: bool) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):

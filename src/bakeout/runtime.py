@@ -113,7 +113,7 @@ def runtime_for(
             "--no-arena": not arena,
             f"--kernels {kernels}": kernels in ("library", "function"),
         }
-        _refuse(given, "ONNX Runtime", "torch", "export the artifact and use --runtime onnxruntime")
+        _refuse(given, "ONNX Runtime", "torch", "use --runtime onnxruntime with an exported artifact")
         device = device_from_text(device)
         asked = None if kernels == "auto" else kernels
         model = own = None

@@ -116,7 +116,7 @@ def unavailable(kind: str) -> Path:
 def test_without_a_compiler_function_bodies_run_and_that_is_said(tmp_path: Path, monkeypatch: Any) -> None:
     path, plain = write_graph(tmp_path / "own"), write_graph(tmp_path / "plain", own=False)
     monkeypatch.setattr(module, "library", unavailable)
-    with pytest.warns(FunctionBodyWarning, match="run as plain ONNX, which is slower: there is no compiler for cpu"):
+    with pytest.warns(FunctionBodyWarning, match="as plain ONNX, which can be slower: there is no compiler for cpu"):
         assert run(path, 1, "auto").shape == (2, 4, 10)
     with pytest.raises(InputError, match="no compiler for cpu; install one; else choose the kernels 'function'"):
         run(path, 4, "library")

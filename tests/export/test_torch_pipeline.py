@@ -16,6 +16,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 from torch._dynamo.utils import counters
+from torch._inductor import config as inductor
+from torch._inductor import cpp_builder
 from torch.nn import Module
 
 from bakeout.editor.edit import Edit, Operation, PatchActivation, PatchWeightInput, ShiftActivation, SteerLatents
@@ -260,7 +262,8 @@ def test_a_kernel_without_the_linear_leaves_it_alone(
     monkeypatch.setattr(
         "bakeout.kernels.ops.KERNELS", {**KERNELS, "masked_geglu": dict.fromkeys(KERNELS["masked_geglu"], REFERENCE)}
     )
-    pipeline = artifact_of("token-wise").load("torch", dtype=torch.float32, base=tiny_model, kernels=kernels)
+    monkeypatch.setattr("bakeout.export.torch_pipeline.kernel_for", lambda *_: kernels)
+    pipeline = artifact_of("token-wise").load("torch", dtype=torch.float32, base=tiny_model)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         drawn(pipeline)
     ran = {it.key for it in profile.key_averages() if it.key.startswith("bakeout::")}
@@ -367,6 +370,7 @@ def test_sixteen_bits(
 def traced(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is compiled runs as it was traced, so that nothing is built."""
     compiled = Module.compile
+    monkeypatch.setattr("bakeout.export.torch_pipeline._try_compiler", lambda _device: None)
     monkeypatch.setattr(Module, "compile", lambda self, **settings: compiled(self, backend="eager", **settings))
     torch._dynamo.reset()
     counters.clear()
@@ -476,7 +480,12 @@ def test_which_kernel(artifact_of: Callable[[str], Artifact], tiny_model: Path) 
         ("token-wise", {"base": None}, r"a folder of which it knows no place; give that model as the base \(--base\)$"),
         ("token-wise", {"base": "shapes"}, r"^this Edit was made for another model"),
         ("token-wise", {"kernels": "cudnn"}, r"^there is no kernel 'cudnn'; choose from reference, triton, cuda$"),
-        ("token-wise", {"kernels": "triton"}, r"GPU"),
+        (
+            "token-wise",
+            {"kernels": "triton"},
+            "^the kernels 'triton' need an NVIDIA GPU, and torch draws on cpu",
+        ),
+        ("token-wise", {"kernels": "cuda"}, "^the kernels 'cuda' need an NVIDIA GPU"),
         ("token-wise", {"sessions": SessionSettings()}, "torch has no sessions"),
         ("SNCE", {"kernels": "reference"}, "needs a fused kernel in torch; leave kernels out$"),
         ("portable", {"kernels": "reference"}, "needs a fused kernel in torch; leave kernels out$"),
@@ -494,6 +503,19 @@ def test_mistakes(
 ) -> None:
     with pytest.raises(InputError, match=words) as caught:
         artifact_of(case).load(**{"base": tiny_model, **settings})
+    assert "\n" not in str(caught.value)
+
+
+def test_without_a_compiler_compile_is_refused(
+    artifact_of: Callable[[str], Artifact], tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    torch._dynamo.reset()
+    cpp_builder.cpp_compiler_search.cache_clear()
+    words = r"^PyTorch cannot compile here \(.+\); install a C\+\+ compiler.*leave compile out$"
+    with inductor.patch({"cpp.cxx": ("no-such-compiler",)}), pytest.raises(InputError, match=words) as caught:
+        artifact_of("token-wise").load("torch", base=tiny_model, compile=True)
+    cpp_builder.cpp_compiler_search.cache_clear()
     assert "\n" not in str(caught.value)
 
 

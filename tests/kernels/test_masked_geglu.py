@@ -301,7 +301,7 @@ def test_without_a_c_compiler_or_triton_it_says_so():
         "except KernelUnavailable as error: print(error)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "Triton is not installed: install bakeout[gpu], on Linux"
+    assert done.stdout.strip() == "Triton is not installed: run `pip install triton`, on Linux"
 
 
 class Program(torch.nn.Module):

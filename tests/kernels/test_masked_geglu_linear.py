@@ -364,7 +364,7 @@ def test_where_it_cannot_run_it_says_so():
         "except KernelUnavailable as error: print(error)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "Triton is not installed: install bakeout[gpu], on Linux"
+    assert done.stdout.strip() == "Triton is not installed: run `pip install triton`, on Linux"
 
 
 # Tokens and inputs of the FFNs of Stable Diffusion 1.5 at 512 pixels, and of SDXL at 1024.

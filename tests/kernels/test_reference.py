@@ -114,6 +114,7 @@ WRONG = {
     "an odd projection": (random(2, 3, 11), random(3, 5) > 0, random(3, 5)),
     "a mask for each row": (random(2, 3, 10), random(2, 3, 5) > 0, random(2, 3, 5)),
     "a value for all tokens": (random(2, 3, 10), random(3, 5) > 0, random(5)),
+    "a mask that nobody packed": (random(2, 3, 10), (random(3, 5) > 0).byte(), random(3, 5)),
     "a mask packed for another width": (random(2, 3, 10), pack_mask(random(3, 9) > 0), random(3, 5)),
 }
 X, WEIGHT, BIAS, MASK, VALUE = random(2, 3, 4), random(10, 4), random(10), random(3, 5) > 0, random(3, 5)
@@ -129,7 +130,7 @@ WRONG_LINEAR = {
 
 @pytest.mark.parametrize("what", WRONG)
 def test_other_shapes_are_refused(what):
-    with pytest.raises(ValueError, match=r"does not end in|not both"):
+    with pytest.raises(ValueError, match=r"does not end in|not both|for a value of \[3, 5\] it is \[3, 1\]"):
         masked_geglu(*WRONG[what])
 
 
