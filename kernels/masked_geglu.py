@@ -224,8 +224,8 @@ def launch_of(proj: Tensor, mask: Tensor, value: Tensor) -> Launch:
         value: as the definition has it.
     """
     width, packed = value.shape[-1], mask.dtype == torch.uint8
-    (batches, proj_batch), (tokens, proj_token) = ((proj.shape[axis], _stride(proj, axis)) for axis in (0, 1))
-    mask_token, value_token = (_stride(it, 0) if it.ndim == 2 else 0 for it in (mask, value))
+    (batches, proj_batch), (tokens, proj_token) = ((proj.shape[axis], stride_of(proj, axis)) for axis in (0, 1))
+    mask_token, value_token = (stride_of(it, 0) if it.ndim == 2 else 0 for it in (mask, value))
     if mask_token == value_token == 0 and (tokens == 1 or proj_batch == tokens * proj_token):
         batches, tokens, proj_batch, proj_token = 1, batches * tokens, 0, proj_token if tokens > 1 else proj_batch
 
@@ -324,8 +324,8 @@ def _blocks(size: int, block: int) -> int:
     return -(-size // block)
 
 
-def _stride(tensor: Tensor, axis: int) -> int:
-    """Of one element there is no next."""
+def stride_of(tensor: Tensor, axis: int) -> int:
+    """The stride of an axis; 0 of one element, which has no next."""
     return tensor.stride(axis) if tensor.shape[axis] > 1 else 0
 
 

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from bakeout.kernels.errors import KernelUnavailable
-from bakeout.kernels.masked_geglu import CAPABILITY, POINTERS, check_runs, gelu, run
+from bakeout.kernels.masked_geglu import CAPABILITY, POINTERS, check_runs, gelu, run, stride_of
 from bakeout.kernels.reference import check_masked_geglu_linear
 
 try:
@@ -320,8 +320,8 @@ def launch_of(
         config: the tile; without one, that of `config_for`.
     """
     (batches, tokens, inputs), width = x.shape, value.shape[-1]
-    x_batch, x_token, weight_row = _stride(x, 0), _stride(x, 1), _stride(weight, 0)
-    mask_token, value_token = (_stride(it, 0) if it.ndim == 2 else 0 for it in (mask, value))
+    x_batch, x_token, weight_row = stride_of(x, 0), stride_of(x, 1), stride_of(weight, 0)
+    mask_token, value_token = (stride_of(it, 0) if it.ndim == 2 else 0 for it in (mask, value))
     if mask_token == value_token == 0 and (tokens == 1 or x_batch == tokens * x_token):
         batches, tokens, x_batch, x_token = 1, batches * tokens, 0, x_token if tokens > 1 else x_batch
 
@@ -428,11 +428,6 @@ def masked_geglu_linear(
 
 def _tiles(config: Config, batches: int, tokens: int, width: int) -> int:
     return batches * math.ceil(tokens / config.block_m) * math.ceil(width / config.block_n)
-
-
-def _stride(tensor: Tensor, axis: int) -> int:
-    """Of one element there is no next."""
-    return tensor.stride(axis) if tensor.shape[axis] > 1 else 0
 
 
 @functools.cache
