@@ -122,8 +122,32 @@ def masked_geglu_kernel(
     tl.store(out + (batch * tokens + token) * WIDTH + feature, tl.where(is_set, v, result), mask=inside)
 
 
+class Grouped:
+    """What is read and written at once.
+
+    Attributes:
+        dtype: of the floats.
+        packed: whether the mask is packed, and not bool.
+        aligned: whether rows start at multiples of a group.
+    """
+
+    dtype: torch.dtype
+    packed: bool
+    aligned: bool
+
+    @property
+    def group(self) -> int:
+        """How many features a thread reads or writes at once."""
+        return _BYTES // self.dtype.itemsize if self.aligned else 1
+
+    @property
+    def word(self) -> torch.dtype:
+        """The integers as which the mask is read: of bool, as many bytes as a group has features."""
+        return torch.uint8 if self.packed else {1: torch.uint8, 4: torch.int32, 8: torch.int64}[self.group]
+
+
 @dataclass(frozen=True)
-class Variant:
+class Variant(Grouped):
     """What one compilation of the kernel is for.
 
     Attributes:
@@ -138,18 +162,6 @@ class Variant:
     dtype: torch.dtype
     packed: bool
     aligned: bool
-
-    @property
-    def group(self) -> int:
-        """How many features a thread reads at once."""
-        return _BYTES // self.dtype.itemsize if self.aligned else 1
-
-    @property
-    def word(self) -> torch.dtype:
-        """The integers as which the mask is read: of bool, as many bytes as a group has features."""
-        if self.packed or not self.aligned:
-            return torch.uint8
-        return {4: torch.int32, 8: torch.int64}[self.group]
 
     @property
     def constants(self) -> dict[str, int]:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from bakeout.kernels.errors import KernelUnavailable
-from bakeout.kernels.masked_geglu import CAPABILITY, POINTERS, check_runs, gelu, run, stride_of
+from bakeout.kernels.masked_geglu import CAPABILITY, POINTERS, Grouped, check_runs, gelu, run, stride_of
 from bakeout.kernels.reference import check_masked_geglu_linear
 
 try:
@@ -199,7 +199,7 @@ def masked_geglu_linear_kernel(
 
 
 @dataclass(frozen=True)
-class Variant:
+class Variant(Grouped):
     """What one compilation of the kernel is for.
 
     Attributes:
@@ -220,18 +220,6 @@ class Variant:
     biased: bool
     even_n: bool
     even_k: bool
-
-    @property
-    def group(self) -> int:
-        """How many features a thread reads or writes at once."""
-        return _BYTES // self.dtype.itemsize if self.aligned else 1
-
-    @property
-    def word(self) -> torch.dtype:
-        """The integers as which the mask is read: of bool, as many bytes as a group has features."""
-        if self.packed:
-            return torch.uint8
-        return {1: torch.uint8, 4: torch.int32, 8: torch.int64}[self.group]
 
     @property
     def constants(self) -> dict[str, int]:
