@@ -36,6 +36,9 @@ DEFAULT_SHRINK = 8
 MAX_BYTES = 100_000
 MAX_CONCEPT = 200
 MAX_EDITS = 100
+# Of a picture's side, and of pictures at a time.
+MAX_SIZE = 32_768
+PRECISIONS = ("fp32", "fp16", "bf16")
 INTEGER_LIMIT = 2**63  # TOML's; longer ones Python reads, but may refuse to print
 
 _SOURCES = ({"pack"}, {"file"}, {"target", "reference"}, {"target", "reference", "lists"})
@@ -147,6 +150,51 @@ class EditRecipe(_Table):
         return self.prompts.pairs(self.concept, self.profile, folder)
 
 
+class Range(_Table):
+    """A size of what a compiled target takes: the least, the one it is made fast for, and the most.
+
+    In a recipe also one integer, which is all three, or a list of the three.
+    """
+
+    min: int = Field(strict=True, ge=1, le=MAX_SIZE)
+    opt: int = Field(strict=True, ge=1, le=MAX_SIZE)
+    max: int = Field(strict=True, ge=1, le=MAX_SIZE)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_numbers(cls, given: object) -> object:
+        match given:
+            case [least, opt, most]:
+                return {"min": least, "opt": opt, "max": most}
+            case list() | tuple():
+                raise InputError(f"it has {len(given)} numbers; give one, or the least, the usual and the most")
+            case int() if not isinstance(given, bool):
+                return {"min": given, "opt": given, "max": given}
+        return given
+
+    @model_validator(mode="after")
+    def _rises(self) -> Self:
+        if not self.min <= self.opt <= self.max:
+            raise InputError(f"{self.min}, {self.opt}, {self.max} do not rise; give the least, the usual and the most")
+        return self
+
+
+class Tensorrt(_Table):
+    """How `bakeout export --target tensorrt` makes engines, unless it is told otherwise.
+
+    Attributes:
+        precision: of the networks, of `PRECISIONS`.
+        width: of pictures, in pixels; None is what the model draws unless told otherwise, and so is `height`.
+        height: see `width`.
+        batch: pictures at a time.
+    """
+
+    precision: Literal["fp32", "fp16", "bf16"] = "fp16"
+    width: Range | None = None
+    height: Range | None = None
+    batch: Range = Range(min=1, opt=1, max=1)
+
+
 class Validation(_Table):
     """How `bakeout validate` judges what is baked, unless it is told otherwise; recorded in the artifact."""
 
@@ -166,6 +214,7 @@ class Recipe(_Table):
         shrink: compiled targets leave out hidden units that the edits make constant, so that an FFN's width is a
             multiple of this; of `SHRINKS`, where 0 keeps all.
         validation: how the artifact is judged.
+        tensorrt: how engines are made of it, where somebody asks for them.
     """
 
     version: Literal[1] = Field(default=1, description="the version of recipes that this bakeout reads")
@@ -182,6 +231,7 @@ class Recipe(_Table):
         description="the width of FFNs that lose constant hidden units is a multiple of it, 0 keeps all",
     )
     validation: Validation = Validation()
+    tensorrt: Tensorrt = Tensorrt()
     _folder: Path = PrivateAttr(default=Path())
 
     @field_validator("version", mode="before")
@@ -349,6 +399,8 @@ def _fields(place: tuple[int | str, ...], recipe: type[Recipe], given: Mapping[s
             return {name: field for name, field in settings.model_fields.items() if name != "profile"}
         case ("validation",):
             return Validation.model_fields
+        case ("tensorrt",):
+            return Tensorrt.model_fields
     return {}
 
 

@@ -53,6 +53,18 @@ $other_shrinks
 profile = "quick"
 #profile = "release"
 
+# Of which pictures `bakeout export --target tensorrt` makes engines, unless it is told otherwise: pictures at a time,
+# and their sides in pixels, which without a line here are what the model draws unless told otherwise. A list is the
+# least, the one to be fast at, and the most.
+[tensorrt]
+precision = "fp16"
+#precision = "bf16"
+#precision = "fp32"
+batch = 1
+#batch = [1, 1, 4]
+#width = [256, 512, 768]
+#height = [256, 512, 768]
+
 # What to erase: one [[edits]] for each concept. The order of several changes nothing.
 [[edits]]
 # The erasure method. There is: $methods.

@@ -16,7 +16,7 @@ from bakeout.editor import recipe as recipes
 from bakeout.editor.errors import InputError
 from bakeout.editor.methods import METHODS
 from bakeout.editor.prompts import PACKS, Pair, pairs_from_pack
-from bakeout.editor.recipe import EditRecipe, Recipe
+from bakeout.editor.recipe import EditRecipe, Range, Recipe, Tensorrt
 
 
 class Settings(BaseModel):
@@ -216,7 +216,7 @@ def test_a_link_that_stays_inside_a_name_is_the_users_own(load, tmp_path):
 MODEL = "shapes, a diffusers folder, a .safetensors checkpoint, or a model's id on the Hugging Face hub"
 OF_THIS = "(the version of recipes that this bakeout reads)"
 VERSION = f"it must be 1 {OF_THIS}"
-KEYS = "version, model, edits, targets, shrink, validation"
+KEYS = "version, model, edits, targets, shrink, validation, tensorrt"
 SHRINK = "the width of FFNs that lose constant hidden units is a multiple of it, 0 keeps all"
 EDITS = "what to erase: a table [[edits]] for each concept"
 EDIT_KEYS = "method, concept, profile, prompts, settings"
@@ -479,3 +479,36 @@ def test_a_method_is_imported_only_to_check_its_settings():
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("batch = 4", Range(min=4, opt=4, max=4)),
+        ("batch = [1, 2, 4]", Range(min=1, opt=2, max=4)),
+        ("batch = { min = 1, opt = 1, max = 8 }", Range(min=1, opt=1, max=8)),
+    ],
+)
+def test_a_range_is_one_number_or_three(load, line, expected):
+    recipe = load(f"{MINIMAL}\n[tensorrt]\n{line}\n")
+    assert recipe.tensorrt.batch == expected
+    assert Tensorrt.model_validate(recipe.model_dump(mode="json")["tensorrt"]) == recipe.tensorrt
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("batch = 0", "tensorrt.batch.min is 0: it must"),
+        ("batch = 1.5", "tensorrt.batch"),
+        ("batch = true", "tensorrt.batch"),
+        ("batch = [4, 2, 1]", "tensorrt.batch: 4, 2, 1 do not rise; give the least, the usual and the most"),
+        ("batch = [1, 4]", "tensorrt.batch: it has 2 numbers; give one, or the least, the usual and the most"),
+        ("width = 40000", "tensorrt.width.min is 40000: it must"),
+        ('precision = "int8"', "tensorrt.precision is 'int8': it must"),
+        ("size = 512", "tensorrt.size is not known"),
+    ],
+)
+def test_a_fault_of_a_range_is_told(load, line, said):
+    with pytest.raises(InputError) as caught:
+        load(f"{MINIMAL}\n[tensorrt]\n{line}\n")
+    assert said in str(caught.value)
