@@ -121,10 +121,11 @@ def write_synced(path: Path, chunks: Iterable[bytes]) -> None:
 
 
 def sync_files(folder: Path) -> None:
-    """Wait until the files in `folder`, that somebody else wrote, are on the disk."""
-    for path in folder.iterdir():
-        with path.open("rb+") as stream:
-            os.fsync(stream.fileno())
+    """Wait until the files in `folder` and below, that somebody else wrote, are on the disk."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb+") as stream:
+                os.fsync(stream.fileno())
 
 
 def places(model: Model, component: str, tensor: str) -> tuple[tuple[str, str], ...]:

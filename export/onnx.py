@@ -3,12 +3,14 @@
     model_index.json  scheduler/  tokenizer/  [tokenizer_2/]
     text_encoder|[text_encoder_2]|unet|vae_encoder|vae_decoder/{config.json,model.onnx[,model.onnx_data]}
 
-The networks are traced without weights, which are then copied tensor by tensor from the model's files, widened to fp32.
-An initializer has the name of the stored tensor that it holds, where it holds it as it stands, else the parameter's
-name in memory; always in PyTorch's orientation. The same model gives the same bytes.
+The networks are traced without weights, which are then copied tensor by tensor from the model's files, widened to fp32,
+and rounded where a graph computes in less (see `bakeout.export.precision`). An initializer has the name of the stored
+tensor that it holds, where it holds it as it stands, else the parameter's name in memory; always in PyTorch's
+orientation. The same model gives the same bytes.
 
 What of an Edit does not fold into the weights becomes a part of its component's graph. At a site S, say
-text_encoder.layer.9, its constants are initializers, fp32 and in the orientation of the Edit,
+text_encoder.layer.9, its constants are initializers, in the orientation of the Edit and in fp32 (of a patch, in what it
+is computed in),
 
     bakeout.S.shift.all  bakeout.S.shift.prompted                        [d] or [tokens, d]: sums over the site
     bakeout.S.latents.N.encoder|encoder_bias|center|directions|strengths|neurons    of the N-th SteerLatents
@@ -31,20 +33,21 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final
 
-import onnx
 import onnx_ir as ir
 import torch
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 from torch import Tensor
 
-from bakeout.editor.edit import Edit, Operation, PatchActivation
+from bakeout.editor.edit import Edit, Operation, PatchActivation, SteerLatents
 from bakeout.editor.errors import InputError
 from bakeout.editor.model import Component, Model, Part
 from bakeout.export.aten import graph_from_program
-from bakeout.export.checkpoint import Changed, parameter_shape, read_parameter, sync_files, write_synced
+from bakeout.export.checkpoint import Changed, parameter_shape, read_parameter, write_synced
 from bakeout.export.custom_ops import functions_of
+from bakeout.export.graph_file import save_graph
 from bakeout.export.graphs import LOCAL, Dims, Graph, graphs_of, trace
 from bakeout.export.patch import SitePatch
+from bakeout.export.precision import cast
 from bakeout.export.shrink import Cut, cuts_of
 from bakeout.export.steer import Gate, SiteEdit, edits_of
 from bakeout.export.tokenizer import as_json, tokenizer_files
@@ -54,9 +57,6 @@ from bakeout.export.tokenizer import as_json, tokenizer_files
 # GroupNormalization of 21 in place of InstanceNormalization 1.01 (32x32 latents) to 1.07 (64x64).
 OPSET: Final = 20
 _IR_VERSION = 10
-_DATA = "model.onnx_data"
-# What protobuf holds in one file is 2 GiB, of which the graph itself takes a few MB.
-_MAX_INLINE = 2_000_000_000
 _FILE_BYTES = 4
 _INDEX_BYTES = 8
 _STORED = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
@@ -74,6 +74,7 @@ def write_onnx(
     remaining: Edit | None = None,
     gate: Gate | None = None,
     kept: Mapping[str, Tensor] = MappingProxyType({}),
+    precision: str = "fp32",
 ) -> None:
     """Write the ONNX folder of `model`: networks, scheduler and tokenizers, every file flushed to the disk.
 
@@ -87,10 +88,11 @@ def write_onnx(
         gate: how the graphs tell the k largest latents; None is whatever is faster.
         kept: the hidden units that stay where not all do, as `bakeout.export.shrink.kept_units`; of the model, or with
             what is changed of it, the others must be constant.
+        precision: that the graphs compute in, as `bakeout.export.precision` says.
 
     Raises:
         InputError: an operation of `remaining` has no form in a graph; a network has an operator or a parameter that
-            cannot be exported; or a file of the model changed meanwhile.
+            cannot be exported; the precision does not hold a weight; or a file of the model changed meanwhile.
         OSError: a file cannot be written.
         ValueError: a replaced tensor is none that a parameter is read from, or of another dtype or shape; or `kept` has
             a site that is no `ffn2`, or units that it has not.
@@ -112,7 +114,7 @@ def write_onnx(
         new = changed.get(graph.component.name, {})
         cut = cuts.get(graph.component.name, {})
         used[graph.component.name] |= _write_graph(
-            graph, home, new, cut, lambda count: progress and progress(count / size)
+            graph, home, new, cut, lambda count: progress and progress(count / size), precision
         )
     for name, component in model.components.items():
         if left := component.locations.keys() - used[name]:
@@ -127,10 +129,17 @@ def write_onnx(
     write_synced(folder / "model_index.json", [as_json(_index(model))])
 
 
-def size_of_onnx(model: Model, remaining: Edit | None = None) -> int:
-    """How many bytes the weights and the constants of `remaining` take in an ONNX folder; the rest is a few MB."""
+def size_of_onnx(model: Model, remaining: Edit | None = None, precision: str = "fp32") -> int:
+    """How many bytes the weights and the constants of `remaining` take in an ONNX folder; the rest is a few MB.
+
+    In a `precision` below fp32 a text encoder with a SteerLatents may take less: what follows it is rounded.
+    """
     operations = () if remaining is None else remaining.operations
-    weights = sum(_bytes(component, name) for component in model.components.values() for name in component.locations)
+    exact = {model.site(it.site).component for it in operations if isinstance(it, SteerLatents)} | {"vae"}
+    weights = sum(
+        _bytes(component, name) // (1 if precision == "fp32" or component.name in exact else 2)
+        for component in model.components.values() for name in component.locations
+    )  # fmt: skip
     return weights + sum(map(_constant_bytes, operations))
 
 
@@ -141,8 +150,9 @@ def _constant_bytes(operation: Operation) -> int:
 
 
 def _write_graph(
-    graph: Graph, home: Path, new: Mapping[str, Tensor], cuts: Mapping[str, Cut], progress: Callable[[int], object]
-) -> set[str]:
+    graph: Graph, home: Path, new: Mapping[str, Tensor], cuts: Mapping[str, Cut], progress: Callable[[int], object],
+    precision: str,
+) -> set[str]:  # fmt: skip
     """Write a graph with its weights, of which `new` are replaced, and return the names of the parameters that it has.
 
     Of those in `cuts` it has a part only. `progress` is called with the bytes of each weight, whole.
@@ -169,12 +179,8 @@ def _write_graph(
         value.const_value = ir.LazyTensor(read, ir.DataType.FLOAT, ir.Shape(value.shape or ()), name=value.name)
     for initializer, tensor in constants.items():
         traced.initializers[initializer].const_value = ir.tensor(tensor.numpy(), name=initializer)
-    path = home / "model.onnx"
-    size = sum(_bytes(component, name) for name in used) + sum(it.nbytes for it in constants.values())
-    large = size > _MAX_INLINE
-    _save(model, path, _DATA if large else None)
-    sync_files(home)
-    onnx.checker.check_model(path, full_check=True)
+    cast(model, precision, graph.name)
+    save_graph(model, home / "model.onnx")
     return used
 
 
@@ -186,17 +192,6 @@ def _name_edits(traced: ir.Graph, edits: Mapping[str, SiteEdit | SitePatch]) -> 
         for node, name in nodes:
             node.name = f"{home}/{name.removeprefix(path).lstrip('./')}"
         nodes[-1][0].name = f"{home}/edited"
-
-
-def _save(model: ir.Model, path: Path, external_data: str | None) -> None:
-    try:
-        ir.save(model, path, external_data=external_data)
-    except ir.serde.SerdeError as error:
-        # What reading a weight raises comes wrapped, once a level.
-        cause: BaseException = error
-        while isinstance(cause, ir.serde.SerdeError) and cause.__cause__ is not None:
-            cause = cause.__cause__
-        raise cause from None
 
 
 def _name(values: Sequence[ir.Value], names: Mapping[str, Dims]) -> None:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from bakeout.editor.errors import InputError
 from bakeout.editor.model import Model, open_model
+from bakeout.export import graph_file
 from bakeout.export import onnx as module
 from bakeout.export.checkpoint import plan_diffusers, write_diffusers
 from bakeout.export.graphs import graphs_of
@@ -243,7 +244,7 @@ def test_a_large_graph_has_its_weights_beside_it_and_all_else_is_the_same(
 ) -> None:
     model, folder = written("tiny")
     unet = sum(module._bytes(model.components["unet"], it) for it in model.components["unet"].locations)
-    monkeypatch.setattr(module, "_MAX_INLINE", unet - 1)
+    monkeypatch.setattr(graph_file, "MAX_INLINE", unet - 1)
     done: list[float] = []
     begun: list[str] = []
     write_onnx(model, tmp_path / "large", done.append, begun.append)
@@ -338,7 +339,7 @@ def test_a_parameter_without_a_graph_is_refused(written: Any, tmp_path: Path, mo
         write_onnx(model, tmp_path / "made")
 
 
-@pytest.mark.parametrize("limit", [0, module._MAX_INLINE])
+@pytest.mark.parametrize("limit", [0, graph_file.MAX_INLINE])
 @pytest.mark.parametrize("error", [InputError("it became shorter"), OSError(5, "Input/output error")])
 def test_what_reading_a_weight_raises_is_not_hidden(
     written: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, limit: int
@@ -348,7 +349,7 @@ def test_what_reading_a_weight_raises_is_not_hidden(
 
     model, _ = written("tiny")
     monkeypatch.setattr(module, "read_parameter", fail)
-    monkeypatch.setattr(module, "_MAX_INLINE", limit)
+    monkeypatch.setattr(graph_file, "MAX_INLINE", limit)
     with pytest.raises(type(error)) as caught:
         write_onnx(model, tmp_path / "made")
     assert caught.value is error
