@@ -14,12 +14,13 @@ import os
 import shutil
 import stat
 import subprocess
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Final, Literal
 
+from bakeout.kernels.cache import cache_folder, check_private
 from bakeout.kernels.errors import KernelUnavailable
 
 CSRC: Final = Path(__file__).parent / "csrc"
@@ -46,11 +47,35 @@ def library(kind: Literal["cpu", "cuda"]) -> Path:
     command = (cxx, *_CXX_FLAGS, "-fPIC", "-fvisibility=hidden") if kind == "cpu" else _nvcc_command(_nvcc(), cxx)
     sources = [path for path in sorted(CSRC.iterdir()) if path.is_file()]
     versions = [_run((program, "--version")).stdout for program in dict.fromkeys((command[0], cxx))]
-    path = _cache() / f"{kind}-{_digest(sources, [*command, *versions])}.so"
+    path = cache_folder("kernels", "built kernel") / f"{kind}-{_digest(sources, [*command, *versions])}.so"
     if not os.path.lexists(path):
         _build(command, [source for source in sources if source.suffix in _SUFFIXES[kind]], path)
-    _check_private(path, stat.S_ISREG)
+    check_private(path, stat.S_ISREG)
     return path
+
+
+def ptx(source: str, macros: Mapping[str, str | int]) -> str:
+    """The PTX that nvcc makes of one of the CUDA C++ sources, for the first of `ARCHITECTURES` and all later GPUs.
+
+    Args:
+        source: the name of a file of `csrc/`.
+        macros: what is defined for the preprocessor, by name.
+
+    Raises:
+        KernelUnavailable: a compiler is missing or fails.
+    """
+    command = (
+        _nvcc(), f"-ccbin={_cxx()}", "-O3", "-std=c++17", "-DBAKEOUT_CUDA", "-ptx", f"-arch=compute_{ARCHITECTURES[0]}",
+        *(f"-D{name}={value}" for name, value in macros.items()), str(CSRC / source),
+    )  # fmt: skip
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.ptx"
+        done = _run((*command, "-o", str(path)), TMPDIR=folder)
+        if done.returncode or not path.is_file():
+            raise KernelUnavailable(
+                f"{command[0]} cannot compile the kernel ({_first_error(done.stderr)}); mend or change the compiler"
+            )
+        return path.read_text(encoding="utf-8")
 
 
 def _cxx() -> str:
@@ -103,32 +128,6 @@ def _digest(sources: Sequence[Path], words: Sequence[str]) -> str:
     for part in (*(word.encode() for word in words), *named):
         digest.update(len(part).to_bytes(8, "little") + part)
     return digest.hexdigest()[:32]
-
-
-def _cache() -> Path:
-    """The folder of the libraries, as the XDG Base Directory Specification has it."""
-    named = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    try:
-        folder = (named if named.is_absolute() else Path.home() / ".cache") / "bakeout" / "kernels"
-        folder.parent.parent.mkdir(parents=True, exist_ok=True)
-        folder.parent.mkdir(mode=0o700, exist_ok=True)
-        folder.mkdir(mode=0o700, exist_ok=True)
-    except (OSError, RuntimeError) as error:
-        raise KernelUnavailable(
-            f"there is no folder to keep the built kernel in ({error}); let XDG_CACHE_HOME name one that you can write"
-        ) from error
-    # Whoever can write in the upper can put another in place of the lower, after it was checked.
-    for private in (folder.parent, folder):
-        _check_private(private, stat.S_ISDIR)
-    return folder
-
-
-def _check_private(path: Path, is_kind: Callable[[int], bool]) -> None:
-    status = path.lstat()
-    if not is_kind(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        raise KernelUnavailable(
-            f"{path} may have been written by somebody else, and what is in it would be run; remove it and try again"
-        )
 
 
 def _build(command: Sequence[str], sources: Sequence[Path], path: Path) -> None:

@@ -114,7 +114,7 @@ __device__ inline float gelu(float g) {
 }
 
 template <typename T, int N, bool PACKED>
-__global__ void __launch_bounds__(LANES* WARPS, BLOCKS) masked_geglu(const Problem<T> p) {
+__device__ inline void patch(const Problem<T>& p) {
   const int64_t column = (int64_t(blockIdx.x) * LANES + threadIdx.x) * N;
   if (column >= p.width) return;
   const int64_t step = int64_t(gridDim.y) * WARPS * ROWS;
@@ -154,6 +154,11 @@ __global__ void __launch_bounds__(LANES* WARPS, BLOCKS) masked_geglu(const Probl
   }
 }
 
+template <typename T, int N, bool PACKED>
+__global__ void __launch_bounds__(LANES* WARPS, BLOCKS) masked_geglu(const Problem<T> p) {
+  patch<T, N, PACKED>(p);
+}
+
 template <typename T>
 int launch(Problem<T> p, bool packed, void* stream) {
   if (p.batch < 0 || p.tokens < 0 || p.width < 0) return cudaErrorInvalidValue;
@@ -190,6 +195,21 @@ int launch(Problem<T> p, bool packed, void* stream) {
 
 }  // namespace
 
+#ifdef BAKEOUT_AOT_TYPE
+
+// The kernel alone, for a host that launches PTX itself: of contiguous tensors, with a bool mask, and arguments as
+// kernels/aot.py describes them. Strides count groups of BAKEOUT_AOT_GROUP features.
+extern "C" __global__ void __launch_bounds__(LANES* WARPS, BLOCKS)
+    masked_geglu_aot(const BAKEOUT_AOT_TYPE* proj, const uint8_t* mask, const BAKEOUT_AOT_TYPE* value, int batches,
+                     int tokens, int proj_batch, int proj_token, int mask_token, int value_token,
+                     BAKEOUT_AOT_TYPE* out) {
+  constexpr int64_t N = BAKEOUT_AOT_GROUP;
+  patch<BAKEOUT_AOT_TYPE, N, false>({proj, proj_batch * N, proj_token * N, mask, mask_token * N, value,
+                                     value_token * N, out, batches, tokens, proj_token * N / 2});
+}
+
+#else
+
 #define ENTRY_POINT(NAME, T)                                                                                          \
   int NAME(const void* proj, int64_t batch_stride, int64_t row_stride, const void* mask, int mask_is_packed,          \
            int64_t mask_row_stride, const void* value, int64_t value_row_stride, void* out, int64_t batch,            \
@@ -206,3 +226,5 @@ ENTRY_POINT(bakeout_masked_geglu_f16, Half)
 ENTRY_POINT(bakeout_masked_geglu_bf16, Bfloat16)
 
 const char* bakeout_cuda_error(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }
+
+#endif
