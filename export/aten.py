@@ -426,7 +426,8 @@ def _upsample(w: _Writer, x: ir.Value, _size: None, scales: Sequence[float]) -> 
 
 
 def _arange(w: _Writer, end: ir.Value, **_: object) -> ir.Value:
-    numbers = w.op("Range", w.value(0), w.op("Squeeze", end), w.value(1))
+    # Before 11.5 TensorRT does not promise to read a Squeeze without axes.
+    numbers = w.op("Range", w.value(0), w.op("Squeeze", end, w.integers(0)), w.value(1))
     dtype: torch.dtype = w.node.meta["val"].dtype
     return numbers if dtype == torch.int64 else w.op("Cast", numbers, to=DTYPES[dtype])
 
