@@ -1,18 +1,9 @@
-"""Draw with ONNX Runtime: diffusers' own pipelines around the graphs of a folder in the directory contract.
+"""Draw with ONNX Runtime: the graphs of a folder, `<component>/model.onnx[_data]`, behind diffusers' pipelines.
 
-    model_index.json  scheduler/  tokenizer/  [tokenizer_2/]
-    text_encoder|[text_encoder_2]|unet|vae_encoder|vae_decoder/{config.json,model.onnx[,model.onnx_data]}
-
-| component | inputs | outputs |
-|---|---|---|
-| text_encoder | input_ids [batch, tokens] int64 | last_hidden_state, pooler_output; SDXL also hidden_states.0 … N |
-| text_encoder_2 | the same | text_embeds, last_hidden_state, hidden_states.0 … N |
-| unet | sample [batch, 4, height, width], timestep [], encoder_hidden_states [batch, tokens, width]; SDXL also \
-text_embeds [batch, width], time_ids [batch, 6] | out_sample, shaped as sample |
-| vae_encoder | sample [batch, 3, height, width] | latent_parameters [batch, 8, height / 8, width / 8] |
-| vae_decoder | latent_sample [batch, 4, height, width] | sample [batch, 3, 8 height, 8 width] |
-
-Nothing but these files is read, and nothing is fetched.
+Inputs and outputs are bound where they lie, on a CPU or a GPU, and not copied. On a GPU ONNX Runtime computes on a
+stream of its own, of which PyTorch knows nothing: before a call PyTorch's current stream is waited for, and a call
+returns when its own is done. That makes a call safe whatever lies before and after it, also memory that ONNX Runtime
+takes back when a tensor is gone; on PyTorch's stream (`user_compute_stream`) it would be the stream of one moment.
 """
 
 from __future__ import annotations
@@ -20,44 +11,29 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers.configuration_utils import FrozenDict
-from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
-from diffusers.models.modeling_outputs import AutoencoderKLOutput
-from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from torch import Tensor
-from torch.nn import Module
-from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.models.clip.modeling_clip import CLIPTextModelOutput
+from torch.utils.dlpack import from_dlpack
 
-from bakeout.editor.architecture import describe, family_of
 from bakeout.editor.errors import InputError, not_installed
-from bakeout.editor.folder import scheduler_part, tokenizer_part
-from bakeout.editor.model_files import read_json
-from bakeout.editor.pipeline import make_pipeline
-from bakeout.export.hidden_states import guard
-from bakeout.export.one_size import check_static, hold_to
+from bakeout.export.graph_pipeline import EXPORT_AGAIN, check_given, check_names, load_graph_pipeline
+from bakeout.export.onnx_gpu import check_placement, check_started, other_package, with_profile
 from bakeout.export.op_library import KERNELS, op_library
 
+if TYPE_CHECKING:
+    from bakeout.export.tensorrt.shapes import Profile
+
 GRAPH = "model.onnx"
-EXPORT_AGAIN = "export the model again"
-# The class that reads a network's config.json, and the name of the kind in it.
-_KINDS = {
-    "text_encoder": ("CLIPTextModel", "clip_text_model"),
-    "text_encoder_2": ("CLIPTextModelWithProjection", "clip_text_model"),
-    "unet": ("UNet2DConditionModel", "UNet2DConditionModel"),
-    "vae_encoder": ("AutoencoderKL", "AutoencoderKL"),
-    "vae_decoder": ("AutoencoderKL", "AutoencoderKL"),
-}
+# What ONNX Runtime calls a type: what torch calls it, and its number in `onnx.TensorProto`.
 _DTYPES = {
-    "tensor(float)": torch.float32,
-    "tensor(float16)": torch.float16,
-    "tensor(double)": torch.float64,
-    "tensor(int64)": torch.int64,
-    "tensor(int32)": torch.int32,
+    "tensor(float)": (torch.float32, 1),
+    "tensor(float16)": (torch.float16, 10),
+    "tensor(double)": (torch.float64, 11),
+    "tensor(int64)": (torch.int64, 7),
+    "tensor(int32)": (torch.int32, 6),
 }
 # ONNX Runtime's "fatal": what goes wrong comes as an exception, and need not stand on the terminal too.
 _QUIET = 4
@@ -69,7 +45,7 @@ class SessionSettings:
 
     Attributes:
         providers: execution providers in order of preference. What the first cannot run, the next does, and the CPU's
-            at last.
+            at last; but on a GPU as `device` the CPU does arithmetic with shapes and places and nothing else.
         provider_options: of a provider, by its name: what ONNX Runtime documents for it.
         threads: that work on one operation; None leaves it to ONNX Runtime, which takes one a core.
         arena: keep freed memory for the next call. Without, little stays in use between calls, which take longer: on a
@@ -78,6 +54,8 @@ class SessionSettings:
             default; that UNet is 3 % faster with it, and the arena of that VAE at 512 px 1.8 times as large.
         kernels: what computes operators of ours (`bakeout.export.custom_ops`): `library`, our library of kernels;
             `function`, their bodies in the file, as in any other runtime; or `auto`, the library if it can be had.
+        device: of torch, where tensors go in and out: `cpu`, or a GPU of the first provider as `cuda:0`. See
+            `bakeout.export.onnx_gpu.on_gpu`, which makes such settings.
 
     Raises:
         InputError: no provider, options for another one, less than one thread, or no such kernels.
@@ -89,6 +67,7 @@ class SessionSettings:
     arena: bool = True
     memory_pattern: bool = False
     kernels: str = "auto"
+    device: str = "cpu"
 
     def __post_init__(self) -> None:
         if not self.providers:
@@ -111,162 +90,66 @@ class OnnxGraph:
         settings: of the session.
 
     Raises:
-        InputError: it does not load, or has other inputs and outputs, or the kernels asked for are not there.
+        InputError: it does not load, or has other inputs and outputs, or the kernels asked for are not there; or a
+            provider does not start, or on a GPU leaves work to the CPU.
     """
 
     def __init__(
         self, path: Path, inputs: Collection[str], outputs: Collection[str], settings: SessionSettings
     ) -> None:
         self.path = path
+        self.device = torch.device(settings.device)
         self.session = _session(path, settings)
         self.inputs = {it.name: it for it in self.session.get_inputs()}
         self.outputs = tuple(it.name for it in self.session.get_outputs())
-        for what, wanted, found in (("input", inputs, self.inputs), ("output", outputs, self.outputs)):
-            for name in wanted:
-                if name not in found:
-                    raise InputError(f"{path} has no {what} {name}; {EXPORT_AGAIN}")
+        check_names(path, (self.inputs, self.outputs), inputs, outputs)
         for name, it in self.inputs.items():
-            if name not in inputs:
-                raise InputError(f"{path} wants an input {name!a:.100}, which no pipeline gives it; {EXPORT_AGAIN}")
             if it.type not in _DTYPES:
                 raise InputError(f"{path} wants {name} as {it.type:.50}, which no pipeline gives it; {EXPORT_AGAIN}")
+
+    def shape(self, name: str) -> tuple[int | str | None, ...]:
+        """Of an input; a dimension that is no whole number is dynamic."""
+        return tuple(self.inputs[name].shape)
 
     def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """All outputs by name.
 
         Args:
-            inputs: by name, on any device and in any dtype; those on the CPU in the graph's dtype are not copied.
+            inputs: by name, on any device and in any dtype; those on the graph's device and in its dtype are not
+                copied.
 
         Returns:
-            Tensors on the CPU, in the graph's dtypes.
+            Tensors on the graph's device and in its dtypes, in memory that no later call writes to.
 
         Raises:
             InputError: an input is missing, unknown, or of a shape that the graph does not take, or memory is short.
         """
-        if odd := sorted(inputs.keys() ^ self.inputs.keys()):
-            known = "lacks" if odd[0] in self.inputs else "has no input"
-            raise InputError(f"{self.path} {known} {odd[0]!a:.100}; give it {', '.join(self.inputs)}")
+        check_given(self.path, inputs, self.inputs)
         feeds = {
-            name: inputs[name].detach().to("cpu", _DTYPES[it.type]).contiguous() for name, it in self.inputs.items()
+            name: inputs[name].detach().to(self.device, _DTYPES[it.type][0]).contiguous()
+            for name, it in self.inputs.items()
         }
         for name, tensor in feeds.items():
-            _check_shape(self.path, name, tensor.shape, self.inputs[name].shape)
+            _check_shape(self.path, name, tensor.shape, self.shape(name))
+        place = self.device.type, self.device.index or 0
+        binding = self.session.io_binding()
         try:
-            arrays = self.session.run(self.outputs, {name: tensor.numpy() for name, tensor in feeds.items()})
+            for name, tensor in feeds.items():
+                element = _DTYPES[self.inputs[name].type][1]
+                binding.bind_input(name, *place, element, list(tensor.shape), tensor.data_ptr())
+            for name in self.outputs:
+                binding.bind_output(name, *place)
+            if self.device.type == "cuda":
+                torch.cuda.current_stream(self.device).synchronize()
+            self.session.run_with_iobinding(binding)
+            binding.synchronize_outputs()
         except Exception as error:  # ONNX Runtime has a class for each of its codes, and documents none
             raise InputError(
                 f"ONNX Runtime failed in {self.path} ({_reason(error)}); if memory is short, draw fewer or smaller "
                 f"pictures at a time, else {EXPORT_AGAIN}"
             ) from error
-        return {name: torch.from_numpy(array) for name, array in zip(self.outputs, arrays, strict=True)}
-
-
-class _Network(Module):
-    """What pipelines ask of any component. Tensors go in and out on the CPU, wherever the provider computes."""
-
-    dtype = torch.float32
-    device = torch.device("cpu")
-
-    def __init__(self, config: Mapping[str, Any]) -> None:
-        super().__init__()
-        self.config: Any = FrozenDict(config)
-
-    def register_to_config(self, **changes: Any) -> None:
-        """As `diffusers.ConfigMixin` has it."""
-        self.config = FrozenDict({**self.config, **changes})
-
-
-class OnnxTextEncoder(_Network):
-    """A text encoder: `transformers.CLIPTextModel`, or `CLIPTextModelWithProjection` if it gives `text_embeds`."""
-
-    def __init__(self, graph: OnnxGraph, config: Mapping[str, Any]) -> None:
-        super().__init__(config)
-        self.graph = graph
-
-    def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """See `OnnxGraph.run`."""
-        return self.graph.run(inputs)
-
-    def forward(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, output_hidden_states: bool = False
-    ) -> BaseModelOutputWithPooling | CLIPTextModelOutput:
-        """See `CLIPTextModel.forward`. Raises InputError for an attention mask, or hidden states that are not there."""
-        if attention_mask is not None:
-            raise InputError(f"{self.graph.path} takes no attention mask; set use_attention_mask to false beside it")
-        outputs = self.run({"input_ids": input_ids})
-        states = None
-        if output_hidden_states:
-            names = _hidden_states(self.config)
-            if not outputs.keys() >= set(names):
-                raise InputError(
-                    f"{self.graph.path} gives no hidden states, so no layer can be skipped; leave clip_skip out"
-                )
-            states = tuple(outputs[name] for name in names)
-        last = outputs["last_hidden_state"]
-        if "text_embeds" in outputs:
-            return CLIPTextModelOutput(text_embeds=outputs["text_embeds"], last_hidden_state=last, hidden_states=states)
-        return BaseModelOutputWithPooling(
-            last_hidden_state=last, pooler_output=outputs["pooler_output"], hidden_states=states
-        )
-
-
-class OnnxUNet(_Network):
-    """A `diffusers.UNet2DConditionModel`."""
-
-    def __init__(self, graph: OnnxGraph, config: Mapping[str, Any]) -> None:
-        super().__init__(config)
-        self.graph = graph
-        # SDXL's pipelines compare the width of what they add with this layer's.
-        width = self.config.projection_class_embeddings_input_dim
-        self.add_embedding = SimpleNamespace(linear_1=SimpleNamespace(in_features=width))
-
-    def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """See `OnnxGraph.run`."""
-        return self.graph.run(inputs)
-
-    def forward(
-        self,
-        sample: Tensor,
-        timestep: Tensor | float,
-        encoder_hidden_states: Tensor,
-        added_cond_kwargs: Mapping[str, Tensor] | None = None,
-        return_dict: bool = True,
-        **others: object,
-    ) -> UNet2DConditionOutput | tuple[Tensor]:
-        """See `UNet2DConditionModel.forward`. Raises InputError for another input, or sides that it cannot halve."""
-        for name, value in others.items():
-            if value is not None:
-                raise InputError(f"{self.graph.path} takes no {name}; leave it out, or draw with torch")
-        unit = 2 ** (len(self.config.block_out_channels) - 1)
-        if any(side % unit for side in sample.shape[-2:]):
-            height, width = sample.shape[-2:]
-            raise InputError(
-                f"{self.graph.path} takes latents whose sides are multiples of {unit}, not {width}x{height}; choose "
-                "another picture size"
-            )
-        step = torch.as_tensor(timestep).reshape(())
-        inputs = {"sample": sample, "timestep": step, "encoder_hidden_states": encoder_hidden_states}
-        out = self.run({**inputs, **(added_cond_kwargs or {})})["out_sample"]
-        return UNet2DConditionOutput(sample=out) if return_dict else (out,)
-
-
-class OnnxVae(_Network):
-    """A `diffusers.AutoencoderKL`."""
-
-    def __init__(self, encoder: OnnxGraph, decoder: OnnxGraph, config: Mapping[str, Any]) -> None:
-        super().__init__(config)
-        self.encoder = encoder
-        self.decoder = decoder
-
-    def encode(self, x: Tensor) -> AutoencoderKLOutput:
-        """The distribution of the latents of pictures [batch, 3, height, width] in -1 … 1."""
-        parameters = self.encoder.run({"sample": x})["latent_parameters"]
-        return AutoencoderKLOutput(latent_dist=DiagonalGaussianDistribution(parameters))
-
-    def decode(self, z: Tensor, return_dict: bool = True, generator: object = None) -> DecoderOutput | tuple[Tensor]:  # noqa: ARG002 - pipelines give it
-        """The pictures of latents [batch, 4, height, width]."""
-        sample = self.decoder.run({"latent_sample": z})["sample"]
-        return DecoderOutput(sample=sample) if return_dict else (sample,)
+        values = binding.get_outputs()
+        return {name: from_dlpack(value) for name, value in zip(self.outputs, values, strict=True)}
 
 
 def load_onnx_pipeline(
@@ -274,91 +157,28 @@ def load_onnx_pipeline(
     settings: SessionSettings | None = None,
     first_states: Mapping[str, int] = {},
     latents: tuple[int, int] | None = None,
+    profiles: Mapping[str, Profile] = MappingProxyType({}),
 ) -> Any:
     """The text-to-image pipeline of diffusers for the folder's family, running in ONNX Runtime.
 
-    A StableDiffusionXLPipeline or StableDiffusionPipeline, as `Model.pipeline` gives it. Its text encoders and UNet
-    have `run`, as `OnnxGraph.run`, and its `vae` has an `encoder` and a `decoder` with it.
-
     Args:
-        folder: in the directory contract.
+        folder: in the directory contract, see `graph_pipeline.py`.
         settings: of every session; by default one on the CPU.
-        first_states: of each edited text encoder, the first hidden state that the edit reaches; see `guard`.
-        latents: height and width of the only latents that the edit is for; see `hold_to`. None is any.
+        first_states: as for `load_graph_pipeline`.
+        latents: as for `load_graph_pipeline`.
+        profiles: of components, the shapes of inputs for which the TensorRT provider makes an engine.
 
     Raises:
-        InputError: ONNX Runtime or a provider is not installed, or the folder is not whole, has no such encoder, or has
-            a UNet for latents of another size.
+        InputError: ONNX Runtime or a provider is not installed, or what `load_graph_pipeline` or `OnnxGraph` raises.
     """
     settings = settings or SessionSettings()
     check_providers(settings)
-    index = read_json(folder / "model_index.json")
-    text = {name: _config(folder, name) for name in ("text_encoder", "text_encoder_2") if _class(index, name)}
-    unet, vae = _config(folder, "unet"), _vae_config(folder)
-    family = family_of(unet, vae, text, str(folder))
-    if unet.get("time_cond_proj_dim") is not None:
-        raise InputError(f"{folder} has a UNet with guidance as an input, which no pipeline gives it; draw with torch")
-    parts = {"scheduler": scheduler_part(folder, _class(index, "scheduler"))}
-    for encoder in text:
-        name = encoder.replace("text_encoder", "tokenizer")
-        parts[name] = tokenizer_part(folder / name, _class(index, name))
 
-    def graph(component: str, inputs: Collection[str], outputs: Collection[str]) -> OnnxGraph:
-        return OnnxGraph(folder / component / GRAPH, inputs, outputs, settings)
+    def load(component: str, inputs: Collection[str], outputs: Collection[str]) -> OnnxGraph:
+        own = with_profile(settings, profiles[component]) if component in profiles else settings
+        return OnnxGraph(folder / component / GRAPH, inputs, outputs, own)
 
-    added = ("text_embeds", "time_ids") if family == "sdxl" else ()
-    networks: dict[str, Module] = {
-        name: OnnxTextEncoder(graph(name, ("input_ids",), _text_outputs(name, family, config)), config)
-        for name, config in text.items()
-    }
-    unet_inputs = ("sample", "timestep", "encoder_hidden_states", *added)
-    networks["unet"] = network = OnnxUNet(graph("unet", unet_inputs, ("out_sample",)), unet)
-    check_static(network.graph.path, network.graph.inputs["sample"].shape, latents)
-    networks["vae"] = OnnxVae(
-        graph("vae_encoder", ("sample",), ("latent_parameters",)),
-        graph("vae_decoder", ("latent_sample",), ("sample",)),
-        vae,
-    )
-    pipeline = make_pipeline(networks, parts, index, family)
-    guard(pipeline, first_states)
-    if latents is not None:
-        hold_to(pipeline, latents)
-    return pipeline
-
-
-def _text_outputs(name: str, family: str, config: Mapping[str, Any]) -> tuple[str, ...]:
-    pooled = ("last_hidden_state", "pooler_output") if name == "text_encoder" else ("text_embeds", "last_hidden_state")
-    return (*pooled, *(_hidden_states(config) if family == "sdxl" else ()))
-
-
-def _hidden_states(config: Mapping[str, Any]) -> tuple[str, ...]:
-    return tuple(f"hidden_states.{number}" for number in range(config["num_hidden_layers"] + 1))
-
-
-def _class(index: Mapping[str, Any], name: str) -> str:
-    """The class that a `model_index.json` names for a component, empty if it names none."""
-    match index.get(name):
-        case [_, str(class_name)]:
-            return class_name
-    return ""
-
-
-def _config(folder: Path, name: str) -> dict[str, Any]:
-    """The configuration of a network, with the library's defaults filled in."""
-    path = folder / name / "config.json"
-    said = read_json(path)
-    class_name, kind = _KINDS[name]
-    found = said.get("_class_name", said.get("model_type"))
-    if found != kind:
-        raise InputError(f"{path} is of a {found!a:.100}, not a {kind}; {EXPORT_AGAIN}")
-    return describe(class_name, said, str(path), None)[1]
-
-
-def _vae_config(folder: Path) -> dict[str, Any]:
-    encoder, decoder = (_config(folder, name) for name in ("vae_encoder", "vae_decoder"))
-    if encoder != decoder:
-        raise InputError(f"{folder} has a VAE encoder and decoder with different configurations; {EXPORT_AGAIN}")
-    return decoder
+    return load_graph_pipeline(folder, load, first_states, latents)
 
 
 def _onnxruntime() -> Any:
@@ -370,41 +190,48 @@ def _onnxruntime() -> Any:
 
 
 def check_providers(settings: SessionSettings) -> None:
-    """Raise InputError if ONNX Runtime, or a provider, is not installed."""
-    available = _onnxruntime().get_available_providers()
+    """Raise InputError if ONNX Runtime, or a provider, is not installed or cannot start."""
+    onnxruntime = _onnxruntime()
+    available = onnxruntime.get_available_providers()
     for name in settings.providers:
         if name not in available:
-            raise InputError(f"this ONNX Runtime has no {name!a:.100}; choose from {', '.join(available)}")
+            raise InputError(
+                f"this ONNX Runtime has no {name!a:.100}; choose from {', '.join(available)}{other_package(name)}"
+            )
+        check_started(onnxruntime, name)
 
 
 def _session(path: Path, settings: SessionSettings) -> Any:
     onnxruntime = _onnxruntime()
     if not path.is_file():
         raise InputError(f"{path} is missing; {EXPORT_AGAIN}")
+    check_providers(settings)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = _QUIET
     options.enable_cpu_mem_arena = settings.arena
     options.enable_mem_pattern = settings.memory_pattern
+    options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     if settings.threads is not None:
         options.intra_op_num_threads = settings.threads
     if library := op_library([path], settings):
         options.register_custom_ops_library(str(library))
     providers = [(name, dict(settings.provider_options.get(name, {}))) for name in settings.providers]
     try:
-        session = onnxruntime.InferenceSession(path, options, providers=providers)
+        # Else a provider that fails is replaced by the CPU's, with a remark on the terminal.
+        session = onnxruntime.InferenceSession(path, options, providers=providers, enable_fallback=0)
     except Exception as error:  # ONNX Runtime has a class for each of its codes, and documents none
         raise InputError(f"{path} does not load in ONNX Runtime ({_reason(error)}); {EXPORT_AGAIN}") from error
-    # Else a provider that fails while it runs is replaced by the CPU's, with a remark on the terminal.
-    session.disable_fallback()
     for name in settings.providers:
         if name not in session.get_providers():
             raise InputError(
                 f"ONNX Runtime has {name} but could not start it; install what it needs, or choose another provider"
             )
+    if settings.device != "cpu":
+        check_placement(path, session, settings.providers[0])
     return session
 
 
-def _check_shape(path: Path, name: str, given: tuple[int, ...], wanted: list[int | str | None]) -> None:
+def _check_shape(path: Path, name: str, given: tuple[int, ...], wanted: tuple[int | str | None, ...]) -> None:
     fixed = [size if isinstance(size, int) else None for size in wanted]
     if len(given) != len(fixed) or any(size not in (None, own) for size, own in zip(fixed, given, strict=True)):
         shape = ", ".join("any" if size is None else str(size) for size in fixed)

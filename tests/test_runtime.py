@@ -17,7 +17,7 @@ from bakeout.editor.model import open_model
 from bakeout.export.onnx_pipeline import SessionSettings
 from bakeout.generate import SCHEDULERS, Request, complete, draw
 from bakeout.recipe import open_any
-from bakeout.runtime import runtime_for
+from bakeout.runtime import Runtime, runtime_for
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +86,13 @@ def test_onnx_runtime_draws_where_it_can(exported, tiny_model, monkeypatch):
     assert str(runtime_for(open_model(tiny_model))) == "torch (cpu)"
 
 
+def test_the_gpu_that_draws_is_recorded(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"NVIDIA {device}")
+    facts = Runtime("torch", "cuda:1", torch.float16, None).facts
+    assert facts == {"runtime": "torch", "device": "cuda:1", "dtype": "torch.float16", "gpu": "NVIDIA cuda:1"}
+    assert "gpu" not in Runtime("torch", "cpu", torch.float32, None).facts
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
@@ -147,7 +154,9 @@ def test_the_unet_of_a_model_is_compiled_where_it_is_asked_for(tiny_model, monke
 
 def test_an_artifact_is_loaded_by_what_it_has(exported, tmp_path, monkeypatch):
     artifact = open_any(exported)
-    with pytest.raises(InputError, match="'tensorrt' is no runtime; choose from torch, onnxruntime"):
+    with pytest.raises(InputError, match=r"'openvino' is no runtime; choose from torch, onnxruntime, .*, tensorrt"):
+        artifact.load("openvino")
+    with pytest.raises(InputError, match=r"has no tensorrt/; run `bakeout export .* --target tensorrt`"):
         artifact.load("tensorrt")
     with pytest.raises(InputError, match="torch has no sessions"):
         artifact.load("torch", sessions=SessionSettings())

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from bakeout.editor.model import Model
+    from bakeout.export.manifest import Shapes
 
 INDEX = "pictures.json"
 # Beside the weights of a built-in model: how well it draws, and with which settings that was measured.
@@ -188,21 +189,24 @@ def complete(
     pipeline: Any,
     recommended: Mapping[str, Any] | None = None,
     only: tuple[int, int] | None = None,
+    shapes: Shapes | None = None,
 ) -> Request:
     """The request with steps, guidance, size and strength filled in: from `recommended`, else the pipeline's defaults.
 
-    The size of an image-to-image request is by default about the model's own, in the shape of its picture.
+    The size of an image-to-image request is by default about the model's own, in the shape of its picture. With
+    `shapes` the default of every request is the usual one of these, and no batch is larger than their largest.
 
     Args:
         request: what was asked for.
         pipeline: a text-to-image pipeline with diffusers' interface.
         recommended: `steps` and `guidance` with which the model is meant to be used.
         only: width and height, in pixels, of the only pictures that the model's edit is for; None is any.
+        shapes: of the only pictures that the runtime's engines draw; None is any.
 
     Raises:
-        InputError: the model cannot draw that size, was not trained with that many steps, or has none to do at that
-            strength; cannot skip that many layers of its text encoder, or must not because its edit would be skipped
-            too; or the picture to begin with cannot be read.
+        InputError: the model or its engines cannot draw that size; it was not trained with that many steps, or has none
+            to do at that strength; cannot skip that many layers of its text encoder, or must not because its edit would
+            be skipped too; or the picture to begin with cannot be read.
     """
     if request.image is not None:
         pipeline = image_to_image(pipeline)
@@ -210,6 +214,8 @@ def complete(
     usual = {"steps": defaults["num_inference_steps"].default, "guidance": defaults["guidance_scale"].default}
     usual |= {name: value for name, value in (recommended or {}).items() if name in usual}
     steps = usual["steps"] if request.steps is None else request.steps
+    if shapes is not None:
+        request = _fitted(request, shapes)
     size = _size(request, pipeline) if only is None else _only_size(request, pipeline, only)
     trained = pipeline.scheduler.config.num_train_timesteps
     if steps > trained:
@@ -237,6 +243,19 @@ def _size(request: Request, pipeline: Any) -> tuple[int, int]:
             f"size is {width}x{height}: this model draws multiples of {unit} pixels, for example {nearest}"
         )
     return width, height
+
+
+def _fitted(request: Request, shapes: Shapes) -> Request:
+    """The request with a size and a batch that engines of such shapes draw."""
+    ranges = shapes.width, shapes.height
+    size = request.size or (shapes.width.opt, shapes.height.opt)
+    if not all(it.min <= side <= it.max for side, it in zip(size, ranges, strict=True)):
+        sizes = dict.fromkeys((f"{ranges[0].min}x{ranges[1].min}", f"{ranges[0].max}x{ranges[1].max}"))
+        raise InputError(
+            f"size is {size[0]}x{size[1]}: the engines were made for pictures of {' to '.join(sizes)}; leave it out, "
+            "or export again with another --size"
+        )
+    return replace(request, size=size, batch=min(request.batch, shapes.batch.max))
 
 
 def _only_size(request: Request, pipeline: Any, only: tuple[int, int]) -> tuple[int, int]:

@@ -15,7 +15,13 @@ if TYPE_CHECKING:
     import torch
 
     from bakeout.editor.model import Model
+    from bakeout.export.manifest import Shapes
     from bakeout.export.onnx_pipeline import SessionSettings
+
+# What draws on an NVIDIA GPU, and nowhere else.
+GPU_RUNTIMES = ("onnxruntime-cuda", "onnxruntime-tensorrt", "tensorrt")
+# In which torch draws what other runtimes do: their tensors are fp32, in whatever they compute.
+_DTYPE = "fp32"
 
 
 @dataclass(frozen=True)
@@ -26,10 +32,11 @@ class Runtime:
         name: a key of `RUNTIMES`.
         device: of torch; for another runtime where torch would draw the same.
         dtype: of torch; for another runtime that in which torch would draw the same.
-        sessions: of ONNX Runtime, None for torch.
+        sessions: of ONNX Runtime, None for another runtime.
         kernels: what computes operators of ours; None where there are none.
         base: of an artifact that torch draws with and that has no `diffusers/`: the model that was edited.
         compiled: whether torch compiles the UNet.
+        shapes: of the only pictures that its engines draw; None is any.
     """
 
     name: str
@@ -39,18 +46,30 @@ class Runtime:
     kernels: str | None = None
     base: Model | None = None
     compiled: bool = False
+    shapes: Shapes | None = None
 
     @property
     def facts(self) -> dict[str, str]:
-        """For the record."""
-        kernels = {} if self.kernels is None else {"kernels": self.kernels}
-        if self.sessions is None:
-            compiled = {"compiled": "unet"} if self.compiled else {}
-            return {"runtime": self.name, "device": self.device, "dtype": str(self.dtype), **kernels, **compiled}
-        return {"runtime": self.name, "providers": ", ".join(self.sessions.providers), **kernels}
+        """For the record. Raises InputError if a runtime for GPUs has none here."""
+        facts = {"runtime": self.name}
+        if self.name != "onnxruntime":
+            facts["device"] = self.device
+        if self.name in GPU_RUNTIMES:
+            from bakeout.export.tensorrt.library import gpu
+
+            facts["gpu"] = gpu(self.device).name
+        elif self.name == "torch":
+            facts |= {"dtype": str(self.dtype), **_gpu_of_torch(self.device)}
+        if self.sessions is not None:
+            facts["providers"] = ", ".join(self.sessions.providers)
+        if self.kernels is not None:
+            facts["kernels"] = self.kernels
+        if self.compiled:
+            facts["compiled"] = "unet"
+        return facts
 
     def __str__(self) -> str:
-        where = self.device if self.sessions is None else ", ".join(self.sessions.providers)
+        where = ", ".join(self.sessions.providers) if self.sessions is not None else self.device
         kernels = "" if self.kernels is None else f"; kernels: {self.kernels}"
         compiled = "; compiled" if self.compiled else ""
         return f"{self.name} ({where}{kernels}{compiled})"
@@ -64,12 +83,13 @@ class Runtime:
 
                 compile_unet(pipeline)
             return pipeline
-        if self.sessions is None:
+        if self.name == "torch":
             return opened.load(
                 self.name, device=self.device, dtype=self.dtype, base=self.base, kernels=self.kernels,
                 compile=self.compiled,
             )  # fmt: skip
-        return opened.load(self.name, sessions=self.sessions)
+        device = self.device if self.name in GPU_RUNTIMES else None
+        return opened.load(self.name, device=device, sessions=self.sessions)
 
 
 def runtime_for(
@@ -90,9 +110,9 @@ def runtime_for(
     Args:
         opened: what is to be drawn with.
         name: a key of `RUNTIMES`.
-        device: of torch.
+        device: of torch; of a runtime for GPUs `auto` is the first.
         dtype: of torch.
-        providers: of ONNX Runtime; none is the CPU's.
+        providers: of the runtime `onnxruntime`; none is the CPU's.
         threads: of ONNX Runtime.
         arena: of ONNX Runtime.
         kernels: what computes operators of ours. Of ONNX Runtime, see `SessionSettings`; of torch, `Artifact.load`,
@@ -127,29 +147,60 @@ def runtime_for(
         return Runtime(name, device, dtype_from_text(dtype, device), None, own, model, compiled)
     if not isinstance(opened, Artifact):
         raise InputError(f"{opened.source} is no artifact, so only torch can draw with it: leave --runtime out")
-    cure = "use --runtime torch"
+    others = {"--dtype": dtype != "auto", "--compile": compiled}
+    if name in GPU_RUNTIMES:
+        others["--provider"] = bool(providers)
+        device = "cuda:0" if device == "auto" else device
+    else:
+        others["--device"] = device != "auto"
+        device = device_from_text("auto")
+    if name == "tensorrt":
+        others |= {"--threads": threads is not None, "--no-arena": not arena, f"--kernels {kernels}": kernels != "auto"}
+    _refuse(others, "another runtime" if name in GPU_RUNTIMES else "torch", name, "use --runtime torch")
+    if name == "tensorrt":
+        made = opened.manifest.tensorrt
+        return Runtime(
+            name, device, dtype_from_text(_DTYPE, device), None, shapes=None if made is None else made.shapes
+        )
+    return _onnxruntime(opened, name, device, tuple(providers), threads, arena, kernels)
+
+
+def _onnxruntime(
+    opened: Artifact,
+    name: str,
+    device: str,
+    providers: tuple[str, ...],
+    threads: int | None,
+    arena: bool,
+    kernels: str,
+) -> Runtime:
     from bakeout.export.onnx_pipeline import GRAPH, SessionSettings, check_providers
     from bakeout.export.op_library import KERNELS, has_own_operators, op_library
 
-    given = {
-        "--device": device != "auto",
-        "--dtype": dtype != "auto",
-        f"--kernels {kernels}": kernels not in KERNELS,
-        "--compile": compiled,
-    }
-    _refuse(given, "torch", name, cure)
-    settings: dict[str, Any] = {"providers": tuple(providers)} if providers else {}
+    _refuse({f"--kernels {kernels}": kernels not in KERNELS}, "torch", name, "use --runtime torch")
+    settings: dict[str, Any] = {"providers": providers} if providers else {}
     sessions = SessionSettings(**settings, threads=threads, arena=arena, kernels=kernels)
-    graphs = [*(opened.folder / RUNTIMES[name]).glob(f"*/{GRAPH}")]
-    own = None
+    home, own, shapes = opened.folder / RUNTIMES[name], None, None
+    if name in GPU_RUNTIMES:
+        from bakeout.export.onnx_gpu import on_gpu, shapes_for
+        from bakeout.export.targets import serving_of
+
+        sessions = on_gpu(name, device, sessions)
+        shapes = shapes_for(name, home, opened.size, serving_of(opened.manifest, None, None))
+    graphs = [*home.glob(f"*/{GRAPH}")]
     if any(has_own_operators(path) for path in graphs):
         check_providers(sessions)
         own = "function" if op_library(graphs, sessions) is None else "library"
         sessions = replace(sessions, kernels=own)
     elif kernels != "auto":
         raise _unneeded(kernels)
-    device = device_from_text("auto")
-    return Runtime(name, device, dtype_from_text("fp32", device), sessions, own)
+    return Runtime(name, device, dtype_from_text(_DTYPE, device), sessions, own, shapes=shapes)
+
+
+def _gpu_of_torch(device: str) -> dict[str, str]:
+    import torch
+
+    return {"gpu": torch.cuda.get_device_name(device)} if torch.device(device).type == "cuda" else {}
 
 
 def _unneeded(kernels: str) -> InputError:

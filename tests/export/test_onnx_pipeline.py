@@ -397,7 +397,8 @@ def test_settings_reach_every_session(onnx_folders, monkeypatch):
         assert graph.session.get_providers() == ["CPUExecutionProvider"]
     asked = []
 
-    def spied(path: Path, options: Any, providers: Any) -> Any:
+    def spied(path: Path, options: Any, providers: Any, enable_fallback: int) -> Any:
+        assert not enable_fallback
         asked.append(providers)
         raise RuntimeError("enough")
 
