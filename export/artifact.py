@@ -5,6 +5,7 @@
 - `diffusers/`: the base's own files with the edited tensors in place; loads without bakeout. Only where the whole edit
   folds into weights.
 - `onnx/`: the same model as ONNX graphs, made from `diffusers/`, or without it from base and edit; see `onnx.py`.
+- `tensorrt/`: engines made of those graphs, for one kind of GPU; see `tensorrt/target.py`.
 """
 
 from __future__ import annotations
@@ -16,34 +17,45 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
-from importlib.metadata import version
 from pathlib import Path, PurePosixPath
 from shlex import quote
-from types import ModuleType
-from typing import TYPE_CHECKING, Any, Final, Self
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any, Self
 
 from bakeout.editor.checkpoint_header import read_header
-from bakeout.editor.errors import InputError, not_installed
+from bakeout.editor.errors import InputError
 from bakeout.editor.model import Model, open_model
 from bakeout.editor.model_files import read_json
-from bakeout.editor.recipe import DEFAULT_SHRINK, SHRINKS
-from bakeout.export.checkpoint import Plan, places, write_diffusers, write_synced
+from bakeout.editor.recipe import Tensorrt as Serving
+from bakeout.export.checkpoint import Plan, write_diffusers, write_synced
 from bakeout.export.manifest import (
     FORMAT_VERSION,
     MANIFEST,
     Base,
-    EditedTensor,
     File,
     Lowering,
     Manifest,
     Onnx,
+    Shapes,
     Source,
-    Width,
     base_of,
     file_digest,
     read_manifest,
     tensor_digest,
     validity_of,
+)
+from bakeout.export.targets import (
+    DIFFUSERS,
+    ONNX,
+    TARGETS,
+    TENSORRT,
+    onnx_exporter,
+    precision_of,
+    serving_of,
+    shrink_of,
+    with_diffusers,
+    with_onnx,
+    with_tensorrt,
 )
 from bakeout.export.workplace import Workplace, recover, workplace
 
@@ -55,15 +67,18 @@ if TYPE_CHECKING:
     from bakeout.export.onnx_pipeline import SessionSettings
 
 EDIT = "edit.safetensors"
-DIFFUSERS: Final = "diffusers"
-ONNX: Final = "onnx"
-TARGETS = (DIFFUSERS, ONNX)
+# What can be added to an artifact.
+EXPORTS = (ONNX, TENSORRT)
 # What draws with an artifact, and from which of its targets; torch can do with the base instead.
-RUNTIMES = {"torch": DIFFUSERS, "onnxruntime": ONNX}
+RUNTIMES = {
+    "torch": DIFFUSERS,
+    "onnxruntime": ONNX,
+    "onnxruntime-cuda": ONNX,
+    "onnxruntime-tensorrt": ONNX,
+    "tensorrt": TENSORRT,
+}
 # In the folder of a validation's report, when the artifact has changed since.
 STALE = "STALE"
-# What a graph's bytes may depend on.
-_EXPORT_TOOLS = ("diffusers", "onnx", "onnx-ir", "torch", "transformers")
 _SPARE = 16_000_000
 _MAX_BLOCKS = 16
 _CHUNK = 1 << 20
@@ -129,7 +144,7 @@ class Artifact:
         if latents is None:
             return None
         # Each of the VAE's blocks but the last halves a picture.
-        name = f"{ONNX}/vae_decoder/config.json"
+        name = f"{ONNX if ONNX in self.manifest.targets else TENSORRT}/vae_decoder/config.json"
         blocks = read_json(self.folder / name).get("block_out_channels")
         if not isinstance(blocks, list) or not 1 <= len(blocks) <= _MAX_BLOCKS:
             raise self._changed(name)
@@ -147,7 +162,7 @@ class Artifact:
         self,
         runtime: str = "torch",
         *,
-        device: str | torch.device = "cpu",
+        device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
         sessions: SessionSettings | None = None,
         base: Model | str | os.PathLike[str] | None = None,
@@ -161,14 +176,18 @@ class Artifact:
         others is a module at what it edits. A patch in the GEGLU of an FFN is one operator with the Linear before it,
         which a fused kernel computes.
 
+        `onnxruntime` draws from `onnx/` with tensors on the CPU, wherever its providers compute; `onnxruntime-cuda` and
+        `onnxruntime-tensorrt` with those providers and tensors on a GPU. `tensorrt` draws from the engines in
+        `tensorrt/`. None of them falls back to the CPU.
+
         While it draws it refuses, with InputError, every `clip_skip` that reads hidden states before the edit, and
         every size but `size`, which is its default.
 
         Args:
             runtime: a key of `RUNTIMES`.
-            device: of torch.
+            device: of torch; None is the CPU, and of a runtime for GPUs the first.
             dtype: of torch; None keeps the dtypes as stored.
-            sessions: of ONNX Runtime; None is the CPU.
+            sessions: of ONNX Runtime; None is its defaults.
             base: of torch, where there is no `diffusers/`: the model that was edited, or where it is; None opens a
                 built-in model or one of the hub by its name. All of its weights are compared with the artifact's
                 record.
@@ -188,7 +207,8 @@ class Artifact:
                 raise InputError("torch has no sessions; leave their settings out, or load with onnxruntime")
             from bakeout.export.torch_pipeline import load_torch_pipeline
 
-            return load_torch_pipeline(self, device, dtype, base=base, kernels=kernels, compiled=compile)
+            own = "cpu" if device is None else device
+            return load_torch_pipeline(self, own, dtype, base=base, kernels=kernels, compiled=compile)
         target = RUNTIMES[runtime]
         if target not in self.manifest.targets:
             command = f"bakeout export {quote(str(self.folder))} --target {target}"
@@ -198,12 +218,32 @@ class Artifact:
                 "base, kernels and compile are torch's; leave them out, or load with torch (ONNX Runtime's kernels are "
                 "those of SessionSettings, in sessions)"
             )
-        if str(device) != "cpu" or str(dtype) not in ("None", "torch.float32"):
-            raise InputError("device and dtype are torch's; leave them out, and choose ONNX Runtime's providers")
-        from bakeout.export.onnx_pipeline import load_onnx_pipeline
+        if str(dtype) not in ("None", "torch.float32"):
+            raise InputError("device and dtype are torch's; leave dtype out, and choose a precision when you export")
+        if runtime == "onnxruntime" and str(device) not in ("None", "cpu"):
+            raise InputError(
+                "device and dtype are torch's; leave them out, and choose ONNX Runtime's providers, or load with "
+                "onnxruntime-cuda"
+            )
+        home, validity = self.folder / target, self.manifest.validity
+        if self.manifest.tensorrt is not None and runtime == "tensorrt":
+            if sessions is not None:
+                raise InputError("TensorRT has no sessions; leave their settings out, or load with onnxruntime")
+            from bakeout.export.tensorrt.pipeline import load_tensorrt_pipeline
 
-        validity = self.manifest.validity
-        return load_onnx_pipeline(self.folder / target, sessions, validity.hidden_states, validity.latents)
+            made, gpu = self.manifest.tensorrt, "cuda:0" if device is None else device
+            return load_tensorrt_pipeline(home, made, gpu, validity.hidden_states, validity.latents)
+        from bakeout.export.onnx_pipeline import SessionSettings, load_onnx_pipeline
+
+        sessions = sessions or SessionSettings()
+        profiles = {}
+        if runtime != "onnxruntime":
+            from bakeout.export.onnx_gpu import on_gpu, profiles_for, shapes_for
+
+            sessions = on_gpu(runtime, "cuda:0" if device is None else device, sessions)
+            shapes = shapes_for(runtime, home, self.size, serving_of(self.manifest, None, None))
+            profiles = {} if shapes is None else profiles_for(home, shapes)
+        return load_onnx_pipeline(home, sessions, validity.hidden_states, validity.latents, profiles)
 
     def export(
         self,
@@ -211,38 +251,150 @@ class Artifact:
         *,
         base: Model | None = None,
         shrink: int | None = None,
+        precision: str | None = None,
+        serving: Serving | None = None,
+        device: str = "cuda",
         force: bool = False,
         progress: Callable[[float], object] | None = None,
         started: Callable[[str], object] | None = None,
     ) -> Self:
         """Add a target, after every byte of the artifact that stays was checked.
 
-        It is made from `diffusers/`, or where there is none from the base and the edit. The artifact is whole at every
-        moment, with the target or without: it is made anew beside itself, of hard links to its files where the file
-        system has them, and takes its own place at the end. The report of an earlier validation, in
-        `validation_folder`, gets a file `STALE` beside it.
+        ONNX graphs are made from `diffusers/`, or where there is none from the base and the edit. TensorRT's engines
+        are made from those graphs in fp32: from `onnx/`, or where they are not there, in fp32 and with this `shrink`,
+        from such as are written for it and removed. The artifact is whole at every moment, with the target or without:
+        it is made anew beside itself, of hard links to its files where the file system has them, and takes its own
+        place at the end. The report of an earlier validation, in `validation_folder`, gets a file `STALE` beside it.
 
         Args:
-            target: `onnx`.
-            base: the model that was edited; needed, and read, only where there is no `diffusers/`.
+            target: of `EXPORTS`.
+            base: the model that was edited; needed, and read, only where graphs are made and there is no `diffusers/`.
             shrink: hidden units that the edit makes constant are left out, so that an FFN's width is a multiple of
                 this; of `SHRINKS`, where 0 keeps all. None is as the recipe has it.
+            precision: `fp32`, `fp16` or `bf16`; what must not be computed in less than fp32 stays so (see
+                `precision.py`). None is fp32 for ONNX, and for TensorRT as `serving` has it.
+            serving: for TensorRT, of which pictures the engines are; None is as the recipe has it.
+            device: of PyTorch, for TensorRT: the GPU that builds the engines, which run on its kind alone.
             force: replace the target where the artifact has it, whole or not.
             progress: called with the part, of one for the whole, that was just written.
-            started: called with the name of each graph, before it is traced.
+            started: called with the name of each graph, before it is made.
 
         Returns:
             The artifact with the target, opened.
 
         Raises:
-            InputError: another target, or one that is there; another `shrink`, or one that needs the edit where a
-                release left it out; a package is missing; the artifact is not as it was baked, holds what bakeout did
-                not write, or has an operator without a form in the target; the disk is full.
+            InputError: another target, or one that is there; another `shrink` or `precision`, or a `shrink` that needs
+                the edit where a release left it out; a package, a library or a GPU is missing; the artifact is not as
+                it was baked, holds what bakeout did not write, or has an operator without a form in the target; an
+                engine is not what was asked for; the disk is full.
         """
-        if target != ONNX:
-            raise InputError(f"there is nothing to export to {target!a:.50}; choose {ONNX}")
-        multiple = _shrink(self.manifest, shrink)
-        exporter = _onnx_exporter()
+        if target not in EXPORTS:
+            raise InputError(f"there is nothing to export to {target!a:.50}; choose of {', '.join(EXPORTS)}")
+        exporter = onnx_exporter()
+        multiple = shrink_of(self.manifest, shrink)
+        if target == TENSORRT:
+            from bakeout.export.tensorrt.library import gpu, tensorrt
+            from bakeout.export.tensorrt.shapes import shapes_of
+
+            wanted = serving_of(self.manifest, serving, precision)
+            # Before anything that takes long.
+            try:
+                tensorrt()
+                gpu(device)
+            except InputError as error:
+                command = f"bakeout export {quote(str(self.folder))} --target {TENSORRT} --check"
+                raise InputError(f"{error}; what needs neither is checked by `{command}`") from error
+        else:
+            written = precision_of("fp32" if precision is None else precision)
+            if serving is not None:
+                raise InputError("serving is of TensorRT's engines; leave it out, or export to tensorrt")
+        with self._exporting(target, force=force) as (place, current):
+            if target == TENSORRT:
+                current._link_into(place.new, leave_out=target)
+                with current._graphs(place.new, self.folder, base, shrink, started) as (graphs, how):
+                    shapes = shapes_of(graphs, current.size, wanted.width, wanted.height, wanted.batch)
+                    manifest = with_tensorrt(
+                        place.new, current.manifest, graphs, how, shapes, wanted.precision, device, progress, started
+                    )
+            else:
+                model, lowered = current._source(base)
+                edit = current._edit_that_shrinks() if multiple else None
+                remaining = None if lowered is None else lowered.remaining
+                _check_room(place.new, self.folder, exporter.size_of_onnx(model, remaining, written))
+                current._link_into(place.new, leave_out=target)
+                manifest = with_onnx(
+                    place.new, current.manifest, model, lowered, edit, multiple, progress, started,
+                    precision=written,
+                )  # fmt: skip
+            write_synced(place.new / MANIFEST, [manifest.to_json()])
+            place.finish()
+            _mark_stale(place.folder, target)
+        return type(self).open(self.folder)
+
+    def preflight(
+        self,
+        *,
+        base: Model | None = None,
+        shrink: int | None = None,
+        precision: str | None = None,
+        serving: Serving | None = None,
+        progress: Callable[[float], object] | None = None,
+        started: Callable[[str], object] | None = None,
+    ) -> Shapes:
+        """Check, without TensorRT or a GPU, that TensorRT can take what `export` would give it; nothing is changed.
+
+        The graphs are made and cast as for `export`, in a temporary folder, and every operator, element type and
+        dynamic shape is compared with what TensorRT's parser is documented to take. The artifact is only read.
+
+        Args:
+            base: as for `export`.
+            shrink: as for `export`.
+            precision: as for `export`.
+            serving: as for `export`.
+            progress: called with the part, of one for the whole, that was just checked.
+            started: called with the name of each graph, before it is made, and before it is checked.
+
+        Returns:
+            Of which pictures the engines would be.
+
+        Raises:
+            InputError: as for `export`, but nothing of what TensorRT, a GPU or a folder that can be written are needed
+                for; or there is no room for temporary files.
+        """
+        onnx_exporter()
+        from bakeout.export.tensorrt.shapes import shapes_of
+        from bakeout.export.tensorrt.target import check_graphs
+
+        wanted = serving_of(self.manifest, serving, precision)
+        try:
+            self.verify(but=TENSORRT)
+            with TemporaryDirectory(prefix="bakeout-") as temporary:
+                scratch = Path(temporary)
+                with self._graphs(scratch, scratch, base, shrink, started) as (graphs, _):
+                    shapes = shapes_of(graphs, self.size, wanted.width, wanted.height, wanted.batch)
+                    check_graphs(graphs, scratch, wanted.precision, shapes, progress, started)
+        except OSError as error:
+            raise InputError(
+                f"{self.folder} cannot be checked ({error.strerror or error}); mend its permissions, or make room for "
+                "temporary files, which go where TMPDIR says"
+            ) from error
+        return shapes
+
+    def needs_base(self, target: str, shrink: int | None = None) -> bool:
+        """Whether graphs are made for a target of `EXPORTS`, with this `shrink`, and there is no `diffusers/` for it.
+
+        Raises InputError for another `shrink`.
+        """
+        return DIFFUSERS not in self.manifest.targets and (target == ONNX or self._fp32_graphs(shrink) is None)
+
+    def _fp32_graphs(self, shrink: int | None) -> Onnx | None:
+        """How `onnx/` was written, if it is what engines with this `shrink` are made of."""
+        onnx, multiple = self.manifest.onnx, shrink_of(self.manifest, shrink)
+        return onnx if onnx is not None and (onnx.precision, onnx.shrink) == ("fp32", multiple) else None
+
+    @contextmanager
+    def _exporting(self, target: str, *, force: bool) -> Iterator[tuple[Workplace, Self]]:
+        """A place to make the artifact anew with a target, and the artifact that is there, every byte checked."""
         folder = self.folder.expanduser().resolve()
         if why := _not_ours(folder):
             raise InputError(f"{self.folder} cannot be exported, because {why}; move that elsewhere")
@@ -253,20 +405,38 @@ class Artifact:
                 if target in current.manifest.targets and not force:
                     raise InputError(f"{self.folder} has {target}/ already; replace it with --force")
                 current.verify(but=replaced)
-                model, lowered = current._source(base)
-                edit = current._edit_that_shrinks() if multiple else None
-                remaining = None if lowered is None else lowered.remaining
-                _check_room(place.new, self.folder, exporter.size_of_onnx(model, remaining))
-                current._link_into(place.new, leave_out=target)
-                manifest = _with_onnx(place.new, current.manifest, model, lowered, edit, multiple, progress, started)
-                write_synced(place.new / MANIFEST, [manifest.to_json()])
-                place.finish()
-                _mark_stale(folder, target)
+                yield place, current
         except OSError as error:
             raise InputError(
                 f"cannot write {self.folder} ({error.strerror or error}); make room or mend its permissions"
             ) from error
-        return type(self).open(self.folder)
+
+    @contextmanager
+    def _graphs(
+        self,
+        new: Path,
+        shown: Path,
+        base: Model | None,
+        shrink: int | None,
+        started: Callable[[str], object] | None,
+    ) -> Iterator[tuple[Path, Onnx]]:
+        """A folder of the graphs in fp32, and how they were written; in `new`, unless the artifact has them.
+
+        `shown` is what to say has no room, if there is none.
+        """
+        if (onnx := self._fp32_graphs(shrink)) is not None:
+            yield self.folder / ONNX, onnx
+            return
+        multiple = shrink_of(self.manifest, shrink)
+        model, lowered = self._source(base)
+        edit = self._edit_that_shrinks() if multiple else None
+        remaining = None if lowered is None else lowered.remaining
+        _check_room(new, shown, onnx_exporter().size_of_onnx(model, remaining))
+        with TemporaryDirectory(dir=new) as scratch:
+            home = Path(scratch)
+            manifest = with_onnx(home, self.manifest, model, lowered, edit, multiple, None, started)
+            assert manifest.onnx is not None  # noqa: S101 - it was just written
+            yield home / ONNX, manifest.onnx
 
     def _source(self, base: Model | None) -> tuple[Model, Lowered | None]:
         """What a target is made of: the baked model, or where its weights are not here the base and what changes it."""
@@ -371,8 +541,9 @@ class Artifact:
 
     def _cure(self, name: str) -> str:
         again = "take the artifact from its source again"
-        if name.startswith(f"{ONNX}/"):
-            return f"{again}, or run `bakeout export {quote(str(self.folder))} --target {ONNX} --force`"
+        target = name.partition("/")[0]
+        if target in EXPORTS:
+            return f"{again}, or run `bakeout export {quote(str(self.folder))} --target {target} --force`"
         return again
 
 
@@ -391,7 +562,7 @@ def making(folder: Path, plan: Plan, *, force: bool, targets: Collection[str] = 
             target needs is missing.
     """
     size = plan.size if DIFFUSERS in targets else 0
-    size += _onnx_exporter().size_of_onnx(plan.model) if ONNX in targets else 0
+    size += onnx_exporter().size_of_onnx(plan.model) if ONNX in targets else 0
     target, base = folder.expanduser().resolve(), plan.model.path.resolve()
     if target == base or base in target.parents or target in base.parents:
         raise InputError(f"{folder} and the model {base} lie in one another; choose another folder")
@@ -442,12 +613,12 @@ def write_artifact(
     if DIFFUSERS in targets:
         _refuse_remaining(lowered)
         write_diffusers(plan, lowered.state, place.new / DIFFUSERS)
-        manifest = _with_diffusers(place.new, manifest, plan.model, lowered)
+        manifest = with_diffusers(place.new, manifest, plan.model, lowered)
     if ONNX in targets:
         whole = DIFFUSERS in targets
         model = open_model(place.new / DIFFUSERS) if whole else plan.model
-        shrink = _shrink(manifest, None)
-        manifest = _with_onnx(place.new, manifest, model, None if whole else lowered, edit, shrink, progress)
+        shrink = shrink_of(manifest, None)
+        manifest = with_onnx(place.new, manifest, model, None if whole else lowered, edit, shrink, progress)
     write_synced(place.new / MANIFEST, [manifest.to_json()])
     place.finish()
     _mark_stale(place.folder, manifest.targets[0])
@@ -457,80 +628,6 @@ def write_artifact(
 def validation_folder(folder: Path) -> Path:
     """Where the report of validating an artifact lies unless told otherwise: beside it, because it may be signed."""
     return folder.with_name(f"{folder.name}-validation")
-
-
-def _onnx_exporter() -> ModuleType:
-    """`bakeout.export.onnx`, whose packages are an extra. Raises InputError where one is missing."""
-    try:
-        from bakeout.export import onnx
-    except ModuleNotFoundError as error:
-        if error.name not in ("onnx", "onnx_ir"):
-            raise
-        raise InputError(not_installed(error.name)) from None
-    return onnx
-
-
-def _with_diffusers(new: Path, manifest: Manifest, model: Model, lowered: Lowered) -> Manifest:
-    """The manifest with what lies in `diffusers/`."""
-    precision = {
-        component.name: tuple(sorted({component.tensors[it.tensor].dtype for it in component.locations.values()}))
-        for component in model.components.values()
-    }
-    return manifest.model_copy(
-        update={
-            "targets": (DIFFUSERS,), "edited": tuple(_edited(new, model, lowered)), "precision": precision,
-            "files": _files(new, DIFFUSERS),
-        }
-    )  # fmt: skip
-
-
-def _with_onnx(
-    new: Path,
-    manifest: Manifest,
-    model: Model,
-    lowered: Lowered | None,
-    edit: Edit | None,
-    shrink: int,
-    progress: Callable[[float], object] | None,
-    started: Callable[[str], object] | None = None,
-) -> Manifest:
-    """Write `onnx/` of the model, with what is still to be changed of it; the manifest with it.
-
-    `edit` says which hidden units are constant, as far as `shrink` lets them go; None says that none is.
-    """
-    from bakeout.export.shrink import kept_units
-
-    exporter = _onnx_exporter()
-    changes = {} if lowered is None else {"changed": lowered.state, "remaining": lowered.remaining}
-    sites = {site.name: site for site in model.sites}
-    kept = {} if edit is None else kept_units(edit, sites, shrink)
-    exporter.write_onnx(model, new / ONNX, progress, started, kept=kept, **changes)
-    how = Onnx(
-        opset=exporter.OPSET,
-        precision="fp32",
-        shrink=shrink,
-        widths={name: Width(kept=len(units), of=sites[name].d_in) for name, units in kept.items()},
-        tools={name: version(name) for name in _EXPORT_TOOLS},
-    )
-    others = {name: file for name, file in manifest.files.items() if not name.startswith(f"{ONNX}/")}
-    targets = tuple(target for target in TARGETS if target == ONNX or target in manifest.targets)
-    return manifest.model_copy(update={"targets": targets, "files": {**others, **_files(new, ONNX)}, "onnx": how})
-
-
-def _shrink(manifest: Manifest, given: object) -> int:
-    """What was given, or what the recipe had. Raises InputError for none of `SHRINKS`."""
-    shrink = manifest.recipe.get("shrink", DEFAULT_SHRINK) if given is None else given
-    # To Python true equals 1, and so does 1.0.
-    if type(shrink) is not int or shrink not in SHRINKS:
-        raise InputError(f"shrink is {shrink!a:.50}; choose of {', '.join(map(str, SHRINKS))}")
-    return shrink
-
-
-def _files(new: Path, target: str) -> dict[str, File]:
-    paths = sorted(path for path in (new / target).rglob("*") if path.is_file())
-    return {
-        path.relative_to(new).as_posix(): File(bytes=path.stat().st_size, sha256=file_digest(path)) for path in paths
-    }
 
 
 def _check_room(new: Path, folder: Path, size: int) -> None:
@@ -594,18 +691,6 @@ def _lowering(edit: Edit, lowered: Lowered) -> Iterator[Lowering]:
     for it in lowered.realisations:
         touched, of, unit = operations[it.site, it.operation].pop(0).touched
         yield Lowering.model_validate({**asdict(it), "touched": touched, "of": of, "unit": unit})
-
-
-def _edited(new: Path, model: Model, lowered: Lowered) -> Iterator[EditedTensor]:
-    for component, tensors in sorted(lowered.state.items()):
-        for base_name in sorted(tensors):
-            stored = model.components[component].tensors[base_name]
-            for file, name in places(model, component, base_name):
-                baked = read_header(new / DIFFUSERS / file).tensors[name]
-                yield EditedTensor(
-                    file=f"{DIFFUSERS}/{file}", name=name, sha256=tensor_digest(baked),
-                    component=component, base_name=base_name, base_sha256=tensor_digest(stored),
-                )  # fmt: skip
 
 
 def _not_ours(folder: Path) -> str | None:

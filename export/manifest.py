@@ -18,7 +18,7 @@ from bakeout.editor.checkpoint_header import StoredTensor
 from bakeout.editor.errors import InputError
 from bakeout.editor.model import Component, Model
 from bakeout.editor.model_files import read_json
-from bakeout.editor.recipe import SHRINKS
+from bakeout.editor.recipe import SHRINKS, Range
 from bakeout.export.checkpoint import read_tensor
 
 if TYPE_CHECKING:
@@ -45,9 +45,10 @@ Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Text = Annotated[str, Field(max_length=2000), AfterValidator(_printable)]
 Name = Annotated[Text, Field(min_length=1)]
 # No part begins with a dot, so none leads out of the folder.
-FileName = Annotated[Text, Field(pattern=r"^(diffusers|onnx)(/[\w-][\w.-]*){1,2}$", max_length=300)]
+FileName = Annotated[Text, Field(pattern=r"^(diffusers|onnx|tensorrt)(/[\w-][\w.-]*){1,2}$", max_length=300)]
 WeightsName = Annotated[FileName, Field(pattern=r"^diffusers/")]
 _TEXT_SITE = re.compile(r"(?P<component>text_encoder\w*)\.layer\.(?P<layer>\d+)")
+Precision = Literal["fp32", "fp16", "bf16"]
 # Of latents: a side of 32,768 pixels in Stable Diffusion.
 _MAX_SIDE = 4096
 # As an operation's site is checked in `bakeout.editor.edit`, which imports torch.
@@ -170,19 +171,17 @@ class Width(_Record):
         return self
 
 
-class Onnx(_Record):
-    """What `onnx/` was written with: ONNX's opset, the weights' precision, and versions.
+class _Compiled(_Record):
+    """What holds for every compiled target.
 
     Attributes:
-        opset: of ONNX.
-        precision: of the weights.
+        precision: of the weights; what must not be computed in less stays fp32.
         shrink: of what the width of an FFN that lost constant hidden units is a multiple; 0 where none may go.
         widths: of the FFNs that lost some, by the site of their FFN-2.
-        tools: versions.
+        tools: versions of what wrote it.
     """
 
-    opset: Annotated[int, Field(ge=1)]
-    precision: Literal["fp32"]
+    precision: Precision
     shrink: Annotated[int, AfterValidator(_one_of_shrinks)]
     widths: dict[SiteName, Width]
     tools: dict[Name, Text]
@@ -192,6 +191,58 @@ class Onnx(_Record):
         if any(self.shrink == 0 or width.kept % self.shrink for width in self.widths.values()):
             raise ValueError("it has an FFN of another width than it says")
         return self
+
+
+class Onnx(_Compiled):
+    """What `onnx/` was written with; `opset` is ONNX's, the newest of a graph."""
+
+    opset: Annotated[int, Field(ge=1)]
+
+
+class Shapes(_Record):
+    """Of which pictures engines are made: how many at a time, and their sides in pixels."""
+
+    batch: Range
+    width: Range
+    height: Range
+
+
+class Engine(_Record):
+    """A TensorRT engine.
+
+    Attributes:
+        key: digest of all that it was built from and for, as the cache of engines has it.
+        layers: how many it has.
+        plugins: how many of them are kernels of ours.
+        doubt: why it is not known of all layers in which precision they compute; empty if it is.
+        error: relative RMS of what it gives to what the fp32 graph gives on a CPU, the largest of its outputs.
+    """
+
+    key: Sha256
+    layers: Annotated[int, Field(ge=1)]
+    plugins: Annotated[int, Field(ge=0)]
+    doubt: Text = ""
+    error: Annotated[float, Field(ge=0)]
+
+
+class Tensorrt(_Compiled):
+    """What `tensorrt/` was built with. An engine runs with this version, on this kind of GPU, and on no other.
+
+    Attributes:
+        shapes: of the pictures.
+        version: of TensorRT.
+        gpu: its name.
+        capability: its compute capability, major and minor.
+        driver: its version.
+        engines: by graph.
+    """
+
+    shapes: Shapes
+    version: Name
+    gpu: Name
+    capability: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=0)]]
+    driver: Name
+    engines: Annotated[dict[Name, Engine], Field(min_length=1)]
 
 
 class Manifest(_Record):
@@ -213,6 +264,7 @@ class Manifest(_Record):
         tools: versions; another version, or another machine, may round otherwise.
         files: of the targets, all.
         onnx: how the target of that name was written; None without it.
+        tensorrt: the same of that one.
     """
 
     version: Literal[1]
@@ -223,13 +275,14 @@ class Manifest(_Record):
     lowering: tuple[Lowering, ...]
     edited: tuple[EditedTensor, ...]
     validity: Validity
-    targets: tuple[Literal["diffusers", "onnx"], ...]
+    targets: tuple[Literal["diffusers", "onnx", "tensorrt"], ...]
     precision: dict[Name, tuple[Name, ...]]
     calibration: dict[Name, str]
     recipe: dict[str, JsonValue]
     tools: dict[Name, str]
     files: dict[FileName, File]
     onnx: Onnx | None = None
+    tensorrt: Tensorrt | None = None
 
     @model_validator(mode="after")
     def _has_what_it_names(self) -> Self:
@@ -243,6 +296,7 @@ class Manifest(_Record):
             not self.targets
             or len(set(self.targets)) < len(self.targets)
             or (self.onnx is None) == ("onnx" in self.targets)
+            or (self.tensorrt is None) == ("tensorrt" in self.targets)
         ):
             raise ValueError("it names a target twice, or one without saying how it was written")
         return self

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import socket
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,13 @@ import pytest
 
 if TYPE_CHECKING:
     import torch
+
+# Last, so that nothing here stands for a library of its name.
+sys.path.append(str(Path(__file__).parent))
+
+from what_ran import pytest_addoption, pytest_collection_modifyitems, pytest_configure
+
+__all__ = ["pytest_addoption", "pytest_collection_modifyitems", "pytest_configure"]
 
 # The models of the tests are tiny: on a busy machine several threads only wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

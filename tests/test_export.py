@@ -71,7 +71,7 @@ def test_a_broken_target_is_written_again_when_told(copy: Path, monkeypatch: pyt
     [
         (["nowhere", "--target", "onnx"], "is no artifact"),
         (["shapes", "--target", "onnx"], "is no artifact"),
-        (["nowhere", "--target", "fax"], "'fax' is not 'onnx'"),
+        (["nowhere", "--target", "fax"], "'fax' is not one of 'onnx', 'tensorrt'"),
         (["nowhere"], "Missing option '--target'"),
     ],
 )

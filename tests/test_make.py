@@ -73,6 +73,20 @@ def program(folder: Path, name: str, script: str) -> None:
     (folder / name).chmod(0o755)
 
 
+@pytest.mark.parametrize("failing", ["nothing", "pytest", "what_ran.py", "gpu_kernels.py", "gpu.py"])
+def test_on_a_gpu_every_part_runs_and_any_may_fail(project, failing):
+    program(project / ".venv-gpu", "installed", "")
+    os.utime(project / ".venv-gpu" / "installed", (2**32, 2**32))
+    (project / ".venv-gpu" / "bin").mkdir()
+    program(project / ".venv-gpu" / "bin", "python", f'echo "ran $@"\ncase "$*" in *{failing}*) exit 3;; esac')
+    done = make(project, "gpu")
+    ran = [line.removeprefix("ran ") for line in done.stdout.splitlines() if line.startswith("ran ")]
+    assert [line.split()[0] for line in ran] == [
+        "-m", "tests/what_ran.py", "benchmarks/gpu_kernels.py", "benchmarks/gpu.py",
+    ]  # fmt: skip
+    assert (done.returncode != 0) == (failing != "nothing")
+
+
 @pytest.mark.parametrize("failing", ["nothing", "test", "lint", "types", "slow"])
 def test_ci_runs_every_check_and_fails_with_any(project, tmp_path, failing):
     programs = tmp_path / "programs"

@@ -14,8 +14,8 @@ from bakeout.export.workplace import workplace
 
 if TYPE_CHECKING:
     from bakeout.export.onnx_pipeline import SessionSettings
+    from bakeout.validate.asked import Profile
     from bakeout.validate.report.schema import Report
-    from bakeout.validate.validation import Profile
 
 # What a report's folder may hold, besides its pictures.
 _FILES = ("report.json", "report.html", "junit.xml", STALE)

@@ -161,8 +161,9 @@ def main() -> None:
 )
 @click.option(
     "--runtime",
-    type=click.Choice(["torch", "onnxruntime"]),
-    help="What draws.  [default: onnxruntime with an artifact that has onnx/, else torch]",
+    type=click.Choice(["torch", "onnxruntime", "onnxruntime-cuda", "onnxruntime-tensorrt", "tensorrt"]),
+    help="What draws; onnxruntime-cuda, onnxruntime-tensorrt and tensorrt on an NVIDIA GPU alone.  [default: "
+    "onnxruntime with an artifact that has onnx/, else torch]",
 )
 @_providers_option
 @_threads_option
@@ -204,12 +205,15 @@ def generate(
     force: bool,
     **settings: Any,
 ) -> None:
-    """Draw pictures with MODEL, in PyTorch or ONNX Runtime.
+    """Draw pictures with MODEL, in PyTorch, ONNX Runtime or TensorRT.
 
     MODEL is the built-in model `shapes`, a diffusers folder, a single .safetensors checkpoint, the id of a model on
     the Hugging Face hub, or an artifact that `bakeout bake` wrote. ONNX Runtime draws with an artifact that has ONNX
-    graphs (`bakeout export`), PyTorch with everything else; --device, --dtype and --compile are for PyTorch,
-    --provider, --threads and --no-arena for ONNX Runtime. From the same seed both begin with the same noise. An
+    graphs (`bakeout export`), PyTorch with everything else; --dtype and --compile are for PyTorch, --threads and
+    --no-arena for ONNX Runtime, --provider for --runtime onnxruntime, and --device for PyTorch and the runtimes that
+    need a GPU: onnxruntime-cuda and onnxruntime-tensorrt, which draw with onnx/, and tensorrt, which draws with
+    tensorrt/. What they need must be there: none of them falls back to the CPU. TensorRT draws at most as many pictures
+    at a time, and only of sizes, as its engines were made for. From the same seed all begin with the same noise. An
     artifact whose edit differs from token to token is for pictures of one size, which is then the default, and every
     other --size is refused.
 
@@ -256,7 +260,7 @@ def generate(
     with generation.reserved(folder, request, also=comparison.files(request) if comparison else (), force=force):
         pipeline = chosen.load(opened)
         only = opened.size if isinstance(opened, Artifact) else None
-        request = generation.complete(request, pipeline, recommended_for(opened), only)
+        request = generation.complete(request, pipeline, recommended_for(opened), only, chosen.shapes)
         facts = {"model": Path(model).name if Path(model).exists() else model, **chosen.facts}
         with _progress_bar(len(request.pictures) * (3 if comparison else 1)) as bar:
             entries = generation.draw_to_folder(pipeline, request, folder, facts, bar.update)
@@ -351,7 +355,12 @@ def bake(recipe: Path, folder: Path, force: bool, device: str, dtype: str) -> No
 
 @main.command(epilog=_EXIT_CODES)
 @click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
-@click.option("--target", type=click.Choice(["onnx"]), required=True, help="The format to add.")
+@click.option("--target", type=click.Choice(["onnx", "tensorrt"]), required=True, help="The format to add.")
+@click.option(
+    "--precision",
+    type=click.Choice(["fp32", "fp16", "bf16"]),
+    help="Of the networks.  [default: fp32 for onnx; the recipe's, else fp16, for tensorrt]",
+)
 @click.option(
     "--base", metavar="MODEL", help="The model that was edited, where it is a folder or file and DIR has no diffusers/."
 )
@@ -362,16 +371,55 @@ def bake(recipe: Path, folder: Path, force: bool, device: str, dtype: str) -> No
     help="Leave out hidden units that the edit makes constant, so that an FFN's width is a multiple of this; 0 leaves "
     "out none.  [default: the recipe's]",
 )
+@click.option(
+    "--size",
+    "sizes",
+    metavar="WxH",
+    help="Of tensorrt: the pictures' size in pixels, or MIN:USUAL:MAX as 256x256:512x512:768x768.  "
+    "[default: the recipe's, else the model's]",
+)
+@click.option(
+    "--batch",
+    "batches",
+    metavar="N",
+    help="Of tensorrt: pictures at a time, or MIN:USUAL:MAX as 1:1:4.  [default: the recipe's, else 1]",
+)
+@click.option("--device", help="Of tensorrt: the GPU that builds, cuda or cuda:1.  [default: cuda]")
+@click.option(
+    "--check",
+    is_flag=True,
+    help="Of tensorrt: only check, without TensorRT or a GPU, that it can take the graphs. DIR is only read; what "
+    "is made of it for the check goes where TMPDIR says, and is removed.",
+)
 @click.option("--force", is_flag=True, help="Replace the target where DIR has it already, whole or not.")
 @_debug_option
-def export(folder: Path, target: str, base: str | None, shrink: int | None, force: bool) -> None:
+def export(
+    folder: Path,
+    target: str,
+    precision: str | None,
+    base: str | None,
+    shrink: int | None,
+    sizes: str | None,
+    batches: str | None,
+    device: str | None,
+    check: bool,
+    force: bool,
+) -> None:
     """Add a format to the artifact DIR that `bakeout bake` wrote.
 
     \b
-    onnx   DIR/onnx/: text encoders, UNet, VAE encoder and decoder as ONNX graphs in fp32, with scheduler and
-           tokenizers. For any batch, and any size unless the edit is for one. `bakeout generate DIR` and optimum's
-           pipelines for ONNX Runtime load it. A graph's weights have the names that they have in DIR/diffusers.
-           Needs: pip install "bakeout[cpu]"
+    onnx      DIR/onnx/: text encoders, UNet, VAE encoder and decoder as ONNX graphs, with scheduler and tokenizers. For
+              any batch, and any size unless the edit is for one. `bakeout generate DIR` and optimum's pipelines for
+              ONNX Runtime load it. A graph's weights have the names that they have in DIR/diffusers.
+              Needs: pip install "bakeout[cpu]"
+    tensorrt  DIR/tensorrt/: the same graphs as engines for the kind of GPU that is here, and for pictures of the sizes
+              and batches asked for. Each is checked as it ships: its layers compute in the precision asked for, the
+              edit's operators are our kernels, and it gives what the fp32 graph gives on a CPU.
+              `bakeout generate DIR --runtime tensorrt` draws with it.
+              Needs an NVIDIA GPU and: pip install "bakeout[gpu,tensorrt]"
+
+    In fp16 and bf16 what would harm the picture stays fp32: normalisations, the timestep's embedding, edits of text
+    encoders, and the VAE.
 
     It is made of DIR/diffusers, or where there is none of the base and the edit, after every byte that stays was
     checked, and DIR changes when all is written: interrupted, it is as it was. The same artifact gives the same bytes.
@@ -381,20 +429,35 @@ def export(folder: Path, target: str, base: str | None, shrink: int | None, forc
     that computes the same. The diffusers folder keeps them, as columns of zeros, so that it loads everywhere.
 
     \b
-    Example:
+    Examples:
       bakeout export shapes-erased --target onnx
+      bakeout export shapes-erased --target tensorrt --check
     """
     from bakeout.describe import describe_widths
     from bakeout.export.artifact import Artifact
     from bakeout.export.base import source_of
+    from bakeout.serving import described, serving_for
 
+    options = {"--size": sizes, "--batch": batches, "--device": device, "--check": check or None}
+    if target != "tensorrt" and (given := [name for name, value in options.items() if value is not None]):
+        raise InputError(f"{given[0]} is of tensorrt's engines; leave it out, or export to tensorrt")
+    if check and device is not None:
+        raise InputError("--check needs no GPU: leave --device out, or leave --check out to build the engines")
     _quieten_libraries()
-    with _own_warnings(), _progress_bar(1, "exporting") as bar:
-        opened = Artifact.open(folder, but=target if force else None)
-        model = source_of(opened, base) if "diffusers" not in opened.manifest.targets else None
-        artifact = opened.export(
-            target, base=model, shrink=shrink, force=force, progress=bar.update, started=bar.set_postfix_str
-        )
+    with _own_warnings(), _progress_bar(1, "checking" if check else "exporting") as bar:
+        opened = Artifact.open(folder, but=target if force or check else None)
+        model = source_of(opened, base) if opened.needs_base(target, shrink) else None
+        more: dict[str, Any] = {"base": model, "shrink": shrink, "precision": precision}
+        more |= {"progress": bar.update, "started": bar.set_postfix_str}
+        if target == "tensorrt":
+            more["serving"] = serving_for(opened, sizes, batches)
+        if check:
+            shapes = opened.preflight(**more)
+        else:
+            artifact = opened.export(target, device=device or "cuda", force=force, **more)
+    if check:
+        click.echo(f"TensorRT can take the graphs of {folder}, as far as its documentation tells: {described(shapes)}.")
+        return
     size = sum(file.bytes for name, file in artifact.manifest.files.items() if name.startswith(f"{target}/"))
     if widths := describe_widths(artifact.manifest):
         click.echo(widths)
@@ -403,7 +466,10 @@ def export(folder: Path, target: str, base: str | None, shrink: int | None, forc
             f"No hidden unit is left out: in no FFN does the edit make enough of them constant, at every token, for a "
             f"smaller width that is a multiple of {shrink}."
         )
-    click.echo(f"{folder / target} is written ({size / 1e6:,.0f} MB): draw with bakeout generate {quote(str(folder))}")
+    runtime = "" if target == "onnx" else f" --runtime {target}"
+    click.echo(
+        f"{folder / target} is written ({size / 1e6:,.0f} MB): draw with bakeout generate {quote(str(folder))}{runtime}"
+    )
 
 
 @main.command(epilog=_EXIT_CODES)
@@ -460,7 +526,7 @@ def inspect(model: str, chart: Path | None, force: bool) -> None:
     "targets",
     metavar="NAME",
     multiple=True,
-    help="diffusers or onnx; may be given several times.  [default: all]",
+    help="diffusers, onnx or tensorrt; may be given several times.  [default: all]",
 )
 @click.option(
     "--prompts",
@@ -502,10 +568,14 @@ def validate(
 ) -> None:
     """Judge whether the artifact DIR is what it claims: the model with the erasure, in every format, to rounding.
 
-    Three models draw from the same noise, in fp32: the base (the model as it was), the reference (the base in eager
-    PyTorch with the erasure as hooks) and the artifact, in each of its formats. It passes if every weight is what base
-    and erasure give, every network answers as the reference's to rounding, and every step and picture is as near the
-    reference as it must be, where the reference is far from the base. What cannot be told is no pass.
+    Three models draw from the same noise: the base (the model as it was), the reference (the base in eager PyTorch with
+    the erasure as hooks), both in fp32, and the artifact, in each of its formats. It passes if every weight is what
+    base and erasure give, every network answers as the reference's to rounding, and every step and picture is as near
+    the reference as it must be, where the reference is far from the base. What cannot be told is no pass.
+
+    What rounding may do depends on a format's precision. A format that this machine cannot run is not judged: graphs in
+    bf16 need an NVIDIA GPU and --provider CUDAExecutionProvider, engines the kind of GPU and the TensorRT that they
+    were built with. Engines cannot be read, and are judged by what they answer alone.
 
     The report is OUT/report.html, for people; OUT/report.json and OUT/junit.xml, for programs; and the pictures. An
     earlier report there is replaced; a folder with anything else in it never is.

@@ -353,3 +353,59 @@ def test_the_same_weights_in_a_single_file_are_another_base(
     written: Path, single_files: Callable[[str], Path], tmp_path: Path
 ) -> None:
     assert not Artifact.open(written).matches(open_model(single_files("sd1")))
+
+
+@pytest.fixture(scope="module")
+def served(written: Path) -> dict[str, Any]:
+    """A manifest with a target of engines."""
+    said = json.loads((written / MANIFEST).read_bytes())
+    one = {"min": 1, "opt": 1, "max": 4}
+    side = {"min": 512, "opt": 512, "max": 512}
+    said["targets"].append("tensorrt")
+    said["files"]["tensorrt/unet/model.engine"] = {"bytes": 10, "sha256": "0" * 64}
+    said["tensorrt"] = {
+        "precision": "fp16", "shapes": {"batch": one, "width": side, "height": side}, "shrink": 8, "widths": {},
+        "version": "11.4.0.106", "gpu": "NVIDIA H100 80GB HBM3", "capability": [9, 0], "driver": "580.95",
+        "engines": {"unet": {"key": "0" * 64, "layers": 100, "plugins": 16, "doubt": "", "error": 1e-3}},
+        "tools": {"onnx": "1"},
+    }  # fmt: skip
+    return said
+
+
+def test_a_target_of_engines_is_read(served: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / MANIFEST).write_text(json.dumps(served))
+    manifest = read_manifest(tmp_path)
+    assert manifest.tensorrt is not None
+    assert (manifest.tensorrt.capability, manifest.tensorrt.shapes.batch.max) == ((9, 0), 4)
+    assert json.loads(manifest.to_json()) == served
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("tensorrt", None),
+        ("targets", ["diffusers"]),
+        ("tensorrt/precision", "int8"),
+        ("tensorrt/shapes/batch/max", 0),
+        ("tensorrt/shapes/batch/min", 5),
+        ("tensorrt/shapes/width/max", 10**9),
+        ("tensorrt/capability", [9]),
+        ("tensorrt/capability", [0, 0]),
+        ("tensorrt/engines", {}),
+        ("tensorrt/engines/unet/key", "short"),
+        ("tensorrt/engines/unet/error", -1.0),
+        ("tensorrt/engines/unet/plugins", -1),
+        ("tensorrt/gpu", "a\x1b[2Jb"),
+        ("tensorrt/widths", {"unet.mid.attn.0.block.0.ffn2": {"kept": 7, "of": 8}}),
+        ("files/tensorrt~unet~..~model.engine", {"bytes": 1, "sha256": "0" * 64}),
+    ],
+)
+def test_a_hostile_target_of_engines_is_refused(
+    served: dict[str, Any], tmp_path: Path, path: str, value: object
+) -> None:
+    said = json.loads(json.dumps(served))
+    change(said, path, value)
+    said["files"] = {name.replace("~", "/"): file for name, file in said["files"].items()}
+    (tmp_path / MANIFEST).write_text(json.dumps(said))
+    with pytest.raises(InputError, match="is not a whole manifest"):
+        read_manifest(tmp_path)
