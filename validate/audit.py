@@ -42,6 +42,7 @@ def check_weights(
     beside: Sequence[str] = (),
     elsewhere: Sequence[Operation] = (),
     units: Mapping[str, Tensor] = {},
+    narrow: torch.dtype | None = None,
 ) -> Check:
     """Every weight of a target against what the base and the Edit give: exactly, and changed biases to one rounding.
 
@@ -54,6 +55,7 @@ def check_weights(
         beside: in words, what is beside the weights that are read, and may be computed with instead.
         elsewhere: operations that another check finds in the target's graphs, and no weight may hold as well.
         units: of FFNs that must be narrower than the base's, the hidden units that must be there, as of `units_of`.
+        narrow: a dtype of less bits to which what is read may be rounded.
     """
     linears, entries = _linears(edit, base, elsewhere), entries_of(units, base)
     uncovered = [repr(it) for operations in linears.values() for it in operations if not _is_static(it)]
@@ -76,7 +78,7 @@ def check_weights(
                 faults.append(str(missing))
                 wrong += stored.numel()
                 continue
-            if count := unlike(found, expected, stored):
+            if count := unlike(found, expected, stored, narrow):
                 wrong += count
                 faults.append(difference(f"{place[0]} {name}", found, expected, count))
         for (component, module), operations in linears.items():
@@ -90,11 +92,12 @@ def check_weights(
     if uncovered:
         return _check("weights", target, "unjudged", f"Weights cannot show whether these are there: {told(uncovered)}.")
     beyond = "; the rest of the edit is in the graphs" if elsewhere else ""
+    rounded = "" if narrow is None else f", rounded to {str(narrow).removeprefix('torch.')} where it is stored so"
     lost = sum(base.site(name).d_in - len(own) for name, own in units.items())
     gone = f"; {lost:,} hidden units that are constant are gone, of {len(units):,} FFNs" if units else ""
     summary = (
         f"All {len(names):,} tensors are what the base and the edit give: {edited:,} of edited layers, "
-        f"{len(names) - edited:,} as in the base to the last bit{beyond}{gone}."
+        f"{len(names) - edited:,} as in the base to the last bit{rounded}{beyond}{gone}."
     )
     return _check("weights", target, "pass", summary, wrong)
 
@@ -129,22 +132,26 @@ def edited_linear(weight: Tensor, bias: Tensor, operations: Sequence[Operation])
     return weight.masked_fill(replaced | at_input | at_output[:, None], 0), bias
 
 
-def unlike(found: Tensor, expected: Tensor, stored: Tensor) -> int:
+def unlike(found: Tensor, expected: Tensor, stored: Tensor, narrow: torch.dtype | None = None) -> int:
     """How many elements are not what they must be; all of them where the shapes differ.
 
     Args:
         found: in the target, of any float dtype.
         expected: `stored` itself, or fp64 where the layer is edited.
         stored: in the base. What the edit changes to another value than zero is rounded to its dtype once.
+        narrow: what is found in this dtype is rounded to it once more, to a finite number; all of it.
     """
     if found.shape != expected.shape:
         return expected.numel()
+    rounded = narrow is not None and found.dtype == narrow
+    wanted = expected.float().to(narrow) if rounded else expected
     if expected is stored:
-        return int((found.float().view(torch.int32) != stored.float().view(torch.int32)).sum())
-    kind = torch.finfo(stored.dtype)
-    rounding = expected.abs() * kind.eps + kind.smallest_normal * kind.eps
+        lost = stored.isfinite() & ~wanted.isfinite()
+        return int(((found.float().view(torch.int32) != wanted.float().view(torch.int32)) | lost).sum())
+    kinds = map(torch.finfo, {stored.dtype, found.dtype} if rounded else {stored.dtype})
+    rounding = torch.stack([expected.abs() * it.eps + it.smallest_normal * it.eps for it in kinds]).sum(0)
     allowed = torch.where((expected == stored.double()) | (expected == 0), 0.0, rounding)
-    return int((~((found.double() - expected).abs() <= allowed)).sum())
+    return int((~((found.double() - wanted.double()).abs() <= allowed)).sum())
 
 
 def weights_beside(model: Model) -> list[str]:

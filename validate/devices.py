@@ -13,9 +13,58 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from bakeout.editor.errors import InputError
+from bakeout.export.manifest import Manifest
+from bakeout.export.targets import ONNX, TENSORRT
+from bakeout.validate.parity import reason
+from bakeout.validate.widened import onnx_type
 
 if TYPE_CHECKING:
     from bakeout.export.onnx_pipeline import SessionSettings
+
+
+def precision_of(manifest: Manifest, target: str) -> str:
+    """In which precision, of `DTYPES`, a target is drawn with."""
+    records = {ONNX: manifest.onnx, TENSORRT: manifest.tensorrt}
+    record = records.get(target)
+    return "fp32" if record is None else record.precision
+
+
+def why_not_here(
+    manifest: Manifest, target: str, folder: Path, sessions: SessionSettings | None, device: str
+) -> Exception | None:
+    """Why this machine cannot draw with a target, which is no fault of the artifact; None if it can.
+
+    Args:
+        manifest: of the artifact.
+        target: of the artifact.
+        folder: of the target.
+        sessions: of ONNX Runtime; None are on the CPU.
+        device: of PyTorch, on which engines run.
+    """
+    precision = precision_of(manifest, target)
+    if target == TENSORRT and manifest.tensorrt is not None:
+        from bakeout.export.tensorrt.pipeline import check_made_for
+
+        try:
+            check_made_for(folder, manifest.tensorrt, device)
+        except InputError as unlike:
+            return unlike
+    if target == ONNX and (sessions is not None or precision != "fp32"):
+        sessions = with_kernels_chosen(sessions)
+        if error := why_not_started(sessions, precision):
+            cure = "mend that, or choose another provider"
+            if sessions.providers == ("CPUExecutionProvider",):
+                cure = "validate it with --provider CUDAExecutionProvider on a machine with an NVIDIA GPU"
+            providers = ", ".join(sessions.providers)
+            return InputError(
+                f"ONNX Runtime cannot compute in {precision} with {providers} on this machine ({reason(error)}): {cure}"
+            )
+    return None
+
+
+def gpu_of(device: str) -> str:
+    """The GPU that runs engines, where PyTorch runs on a device."""
+    return device if device.startswith("cuda") else "cuda"
 
 
 def check_providers(sessions: SessionSettings | None) -> None:
@@ -30,14 +79,22 @@ def check_providers(sessions: SessionSettings | None) -> None:
             raise InputError(f"this ONNX Runtime has no {name!a:.100}; choose from {', '.join(available)}")
 
 
-def why_not_started(sessions: SessionSettings) -> Exception | None:
-    """What goes wrong where these sessions run a graph of one node, which is no fault of any artifact; else None."""
+def why_not_started(sessions: SessionSettings, precision: str = "fp32") -> Exception | None:
+    """What goes wrong where these sessions run a graph of one node in a precision, of `DTYPES`; None if nothing does.
+
+    That is no fault of any artifact.
+    """
     import onnx
 
     from bakeout.export.onnx_pipeline import OnnxGraph
 
     one, other = (onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1]) for name in "ab")
-    graph = onnx.helper.make_graph([onnx.helper.make_node("Neg", ["a"], ["b"])], "one", [one], [other])
+    nodes = [
+        onnx.helper.make_node("Cast", ["a"], ["narrow"], to=onnx_type(precision)),
+        onnx.helper.make_node("Neg", ["narrow"], ["negative"]),
+        onnx.helper.make_node("Cast", ["negative"], ["b"], to=onnx.TensorProto.FLOAT),
+    ]
+    graph = onnx.helper.make_graph(nodes, "one", [one], [other])
     # Of a version that also older runtimes read.
     model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=8)
     with tempfile.TemporaryDirectory() as folder:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from bakeout.validate.audit import difference
 from bakeout.validate.onnx_folder import STANDARD, OnnxFolder
+from bakeout.validate.widened import edit_home
 
 
 class Graph:
@@ -27,9 +28,8 @@ class Graph:
 
     @property
     def homes(self) -> set[str]:
-        """What names of nodes that are of an edit begin with: bakeout/S/, and for patches bakeout/S/patch.<at>/."""
-        parts = [node.name.split("/") for node in self.nodes if node.name.startswith("bakeout/")]
-        return {"/".join(it[: 3 if it[2:] and it[2].startswith("patch.") else 2]) + "/" for it in parts}
+        """What names of nodes that are of an edit begin with, as `edit_home` tells."""
+        return {home for node in self.nodes if (home := edit_home(node.name)) is not None}
 
     @cached_property
     def readers(self) -> dict[str, list[str]]:
@@ -83,10 +83,11 @@ class Graph:
 
         Args:
             name: of the initializer.
-            expected: what it must be to the last bit, float32 or int64.
+            expected: what it must be to the last bit, float32 or int64; rounded where the graph has it in 16 bits.
             home: see above.
         """
         found = self.folder.tensor(self.name, name, expected.dtype)
+        expected = expected.to(found.dtype)
         if not torch.equal(found, expected):
             count = int((found != expected).sum()) if found.shape == expected.shape else expected.numel()
             yield difference(name, found, expected, count)
@@ -98,17 +99,18 @@ class Graph:
 
     def run_part(
         self, nodes: Sequence[Any], inputs: Mapping[str, tuple[torch.dtype, Sequence[int | None]]],
-        outputs: Mapping[str, torch.dtype],
+        outputs: Mapping[str, torch.dtype], constants: Mapping[str, Tensor] = {},
     ) -> Any:  # fmt: skip
-        """A session of ONNX Runtime, on the CPU, of some of the nodes.
+        """A session of ONNX Runtime, on the CPU, of some of the nodes, in fp32 where the graph is in 16 bits.
 
         Args:
             nodes: in the order in which they run; they may read initializers.
             inputs: of each, dtype and shape; None is any size.
             outputs: of each, its dtype.
+            constants: in place of initializers of these names, which in 16 bits are roundings of them.
         """
         import onnxruntime
-        from onnx import helper
+        from onnx import helper, numpy_helper
 
         names = sorted({value for node in nodes for value in node.input} & self.initializers.keys())
         graph = helper.make_graph(
@@ -116,7 +118,12 @@ class Graph:
             "part",
             [helper.make_tensor_value_info(name, _onnx_type(dtype), shape) for name, (dtype, shape) in inputs.items()],
             [helper.make_tensor_value_info(name, _onnx_type(dtype), None) for name, dtype in outputs.items()],
-            [self.folder.whole(self.name, name) for name in names],
+            [
+                numpy_helper.from_array(constants[name].numpy(), name)
+                if name in constants
+                else self.folder.whole(self.name, name)
+                for name in names
+            ],
         )
         model = helper.make_model(
             graph, opset_imports=self.model.opset_import, functions=self.model.functions,

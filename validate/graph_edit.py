@@ -138,6 +138,7 @@ def _graph_faults(
     if why := graph.unreadable([f"{home_of(it)}edited" for it in patches if is_fused(it, base)]):
         yield why
         return
+    yield from graph.folder.hidden(graph.name)
     yield from patch_faults(graph, base, names, patches)
     if by_site:
         tokenizer = load_tokenizer(base.parts[graph.name.replace("text_encoder", "tokenizer")])
@@ -282,7 +283,7 @@ def _ways_around(graph: Graph, site: str, part: _Part) -> Iterator[str]:
 def _other_meanings(
     graph: Graph, site: str, operations: Sequence[Moving], blank: Tensor, part: _Part, width: int
 ) -> Iterator[str]:
-    run = _runner(graph, part, width)
+    run = _runner(graph, part, width, _constants(site, operations, blank))
     tokens = lengths_of(operations).get(graph.name, _TOKENS)
     odd = _odd_rows(blank, tokens)
     y, clear = _probes(operations, width, tokens, len(odd))
@@ -306,10 +307,12 @@ def _other_meanings(
         yield f"at {site} it changes {touched:,} values of empty prompts"
 
 
-def _runner(graph: Graph, part: _Part, width: int) -> Callable[[Tensor, Tensor], Tensor]:
+def _runner(
+    graph: Graph, part: _Part, width: int, constants: Mapping[str, Tensor]
+) -> Callable[[Tensor, Tensor], Tensor]:
     """What a part of a graph gives for y, float32 [batch, tokens, d], and input_ids, in ONNX Runtime on the CPU."""
     inputs = {part.raw: (torch.float32, (None, None, width)), _IDS: (torch.int64, (None, None))}
-    session = graph.run_part(part.nodes, inputs, {part.edited: torch.float32})
+    session = graph.run_part(part.nodes, inputs, {part.edited: torch.float32}, constants)
 
     def run(y: Tensor, ids: Tensor) -> Tensor:
         (found,) = session.run([part.edited], {part.raw: y.numpy(), _IDS: ids.numpy()})

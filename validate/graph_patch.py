@@ -200,7 +200,8 @@ def _constants_faults(graph: Graph, part: _Part) -> Iterator[str]:
     if faults:
         return
     mask_and_value = dict(zip(part.constants, (torch.bool, torch.float32), strict=True))
-    found = graph.run_part(part.expanding, {}, mask_and_value).run(list(mask_and_value), {})
+    exact = {f"{stem}.{name}": constant for name, constant in constants.items()}
+    found = graph.run_part(part.expanding, {}, mask_and_value, exact).run(list(mask_and_value), {})
     for name, own, expected in zip(("mask", "value"), map(torch.from_numpy, found), (patch.mask, value), strict=True):
         if not torch.equal(own, expected):
             count = int((own != expected).sum()) if own.shape == expected.shape else expected.numel()

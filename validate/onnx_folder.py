@@ -15,11 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bakeout.editor.edit import Operation, PatchActivation
+from bakeout.editor.edit import Operation, PatchActivation, SteerLatents
 from bakeout.editor.model import Model
 from bakeout.validate.audit import BESIDE, MissingError, Parameter, told
 from bakeout.validate.contract import FREE, Interface, contract
 from bakeout.validate.report.schema import Check
+from bakeout.validate.widened import DTYPES, strange_types, wide_products, widen
 
 # The domains of ONNX's own operators.
 STANDARD = ("", "ai.onnx")
@@ -28,11 +29,14 @@ _TOKENS = ("input_ids", "last_hidden_state", "encoder_hidden_states")
 # Numbers that are no weights in a graph, at most. Shapes and frequencies of timesteps are a few hundred; the most has a
 # text encoder for 77 tokens only, whose causal mask of 77 by 77 is a constant. The smallest FFN of shapes has 49,152.
 _OTHERS = 8192
-# Of a dtype, what ONNX calls it, how its bytes lie, and the field that may have the values in place of bytes.
+# Of a dtype, what ONNX calls it, how its bytes lie, and the field that may have the values in place of bytes. NumPy has
+# no bf16, so numbers in 16 bits are read as their bits.
 _STORED: Mapping[torch.dtype, tuple[str, np.dtype[Any], str]] = {
     torch.float32: ("FLOAT", np.dtype("<f4"), "float_data"),
     torch.int64: ("INT64", np.dtype("<i8"), "int64_data"),
     torch.int32: ("INT32", np.dtype("<i4"), "int32_data"),
+    torch.float16: ("FLOAT16", np.dtype("<u2"), "int32_data"),
+    torch.bfloat16: ("BFLOAT16", np.dtype("<u2"), "int32_data"),
 }
 
 
@@ -42,23 +46,38 @@ class OnnxFolder:
     Args:
         folder: in the directory contract.
         base: the model that was edited.
+        precision: of the graphs, of `DTYPES`. What is in 16 bits is told as `widen` makes of it: nodes are those of the
+            graph in fp32, and initializers have the values that are stored.
     """
 
-    def __init__(self, folder: Path, base: Model) -> None:
+    def __init__(self, folder: Path, base: Model, precision: str = "fp32") -> None:
         self._folder = folder
         self._base = base
+        self.dtype = DTYPES[precision]
         self._models: dict[str, Any] = {}
         self._faults: dict[str, str] = {}
+        self._strange: list[str] = []
+        self._wide: dict[str, list[str]] = {}
+        self._hidden: dict[str, list[str]] = {}
         self._initializers: dict[str, dict[str, Any]] = {}
         for name in contract(base):
             try:
-                self._models[name] = model = _read_model(folder / name / "model.onnx")
+                model = _read_model(folder / name / "model.onnx")
                 self._initializers[name] = _initializers(model, name)
+                self._strange += strange_types(model, name, precision)
+                # What becomes of a VAE in 16 bits, no graph can tell, so it may stay in fp32.
+                if precision != "fp32" and not name.startswith("vae_"):
+                    self._wide[name] = wide_products(model, name, precision)
+                self._hidden[name] = widen(model, name, precision)
+                self._models[name] = model
             except MissingError as missing:
                 self._faults[name] = str(missing)
 
     def read(self, names: Mapping[Parameter, str], place: Parameter) -> Tensor:
-        """A parameter, float32, called as `names` says. Raises MissingError if its graph has it not, or otherwise."""
+        """A parameter, float32 or in the graphs' precision, called as `names` says.
+
+        Raises MissingError if its graph has it not, or otherwise.
+        """
         component, name = place[0], names[place]
         graph = component
         if component == "vae":
@@ -72,21 +91,31 @@ class OnnxFolder:
         return self._models[name]
 
     def tensor(self, graph: str, name: str, dtype: torch.dtype = torch.float32) -> Tensor:
-        """An initializer of a graph, of a dtype of `_STORED`. Raises MissingError if it is not there, or of another."""
+        """An initializer of a graph, of a dtype of `_STORED`; in place of float32 also of the graphs' precision.
+
+        Raises MissingError if it is not there, or of another dtype.
+        """
         if name not in self.initializers(graph):
             raise MissingError(f"{graph} has no initializer {name}")
-        return _tensor(self._initializers[graph][name], self._folder / graph, dtype)
+        initializer = self._initializers[graph][name]
+        if dtype == torch.float32 and initializer.data_type == _type_of(self.dtype):
+            dtype = self.dtype
+        return _tensor(initializer, self._folder / graph, dtype)
 
     def whole(self, graph: str, name: str) -> Any:
-        """An initializer of a graph with its data in it. Raises MissingError if they are not where they should be."""
+        """An initializer of a graph with its data in it, in fp32 where it is of floating point.
+
+        Raises MissingError if its data are not where they should be.
+        """
         from onnx import TensorProto, numpy_helper
 
         initializer = self.initializers(graph)[name]
-        if initializer.data_location != TensorProto.EXTERNAL:
+        narrow = initializer.data_type in map(_type_of, (torch.float16, torch.bfloat16))
+        if initializer.data_location != TensorProto.EXTERNAL and not narrow:
             return initializer
-        kind = TensorProto.DataType.Name(initializer.data_type)
-        dtype = next((dtype for dtype, (own, _, _) in _STORED.items() if own == kind), torch.float32)
-        return numpy_helper.from_array(self.tensor(graph, name, dtype).numpy(), name)
+        dtype = next((dtype for dtype in _STORED if _type_of(dtype) == initializer.data_type), torch.float32)
+        values = self.tensor(graph, name, dtype)
+        return numpy_helper.from_array((values.float() if narrow else values).numpy(), name)
 
     def initializers(self, graph: str) -> Mapping[str, Any]:
         """The initializers of a graph by name; external data are not in them. Raises MissingError."""
@@ -101,6 +130,22 @@ class OnnxFolder:
             for path in sorted((self._folder / name).glob("*"))
             if path.name not in ("config.json", "model.onnx", "model.onnx_data")
         ]
+
+    def strange(self, kept: Sequence[Operation] = ()) -> list[str]:
+        """In words, what in the graphs is of a type that graphs of this precision do not have.
+
+        Products in fp32, too: by the limits of a coarser precision than it computes in no graph may be judged. But what
+        comes before a choice of neurons is in fp32, so that it is the same choice.
+
+        Args:
+            kept: operations in the graphs.
+        """
+        choosing = {self._base.site(it.site).component for it in kept if isinstance(it, SteerLatents)}
+        return [*self._strange, *(fault for name, own in self._wide.items() if name not in choosing for fault in own)]
+
+    def hidden(self, graph: str) -> list[str]:
+        """In words, what its nodes do not show, because conversions are left out: see `widen`."""
+        return self._hidden[graph]
 
     def unaccounted(self, names: Mapping[Parameter, str], kept: Sequence[Operation] = ()) -> list[str]:
         """In words, which graphs hold so many numbers that are no weights that they could be a second set of these.
@@ -175,11 +220,19 @@ def _sizes(name: str, length: int | None, latents: tuple[int, int] | None) -> Ma
     return sizes
 
 
+def _type_of(dtype: torch.dtype) -> int:
+    """ONNX's number of it."""
+    from onnx import TensorProto
+
+    return int(TensorProto.DataType.Value(_STORED[dtype][0]))
+
+
 def _interface_faults(
     name: str, graph: Any, interface: Interface, sizes: Mapping[str, Mapping[int, int]]
 ) -> Iterator[str]:
     for what, given, wanted in (("input", graph.input, interface.inputs), ("output", graph.output, interface.outputs)):
         dims = {it.name: it.type.tensor_type.shape.dim for it in given}
+        types = {it.name: it.type.tensor_type.elem_type for it in given}
         if list(dims) != list(wanted):
             odd = sorted(dims.keys() ^ wanted.keys())
             said = f"{'lacks' if odd[0] in wanted else 'also has'} {odd[0]!a:.100}" if odd else "has another order"
@@ -188,6 +241,8 @@ def _interface_faults(
         for own, found in dims.items():
             # Hidden states have their tokens where the last one has them.
             only = sizes.get("last_hidden_state" if own.startswith("hidden_states.") else own, {})
+            if types[own] != _type_of(torch.int64 if own == "input_ids" else torch.float32):
+                yield f"{name}: {own} is neither a token nor in fp32"
             if len(found) != wanted[own]:
                 yield f"{name}: {own} has {len(found)} dimensions in place of {wanted[own]}"
                 continue
@@ -248,12 +303,12 @@ def _tensor(initializer: Any, folder: Path, dtype: torch.dtype) -> Tensor:
 
     name, shape = f"{folder.name} {initializer.name}", tuple(initializer.dims)
     kind, stored, field = _STORED[dtype]
-    if initializer.data_type != onnx.TensorProto.DataType.Value(kind):
+    if initializer.data_type != _type_of(dtype):
         raise MissingError(f"{name} is {onnx.TensorProto.DataType.Name(initializer.data_type)} in place of {kind}")
     count = math.prod(shape)
     if initializer.data_location != onnx.TensorProto.EXTERNAL:
         raw = initializer.raw_data
-        values = np.frombuffer(raw, stored) if raw else np.array(getattr(initializer, field), stored)
+        values = np.frombuffer(raw, stored) if raw else np.array(getattr(initializer, field)).astype(stored)
     else:
         where = {it.key: it.value for it in initializer.external_data}
         file, offset = folder / where.get("location", ""), int(where.get("offset", 0))
@@ -263,4 +318,5 @@ def _tensor(initializer: Any, folder: Path, dtype: torch.dtype) -> Tensor:
         values = np.memmap(file, stored, "r", offset, (count,)) if count else np.empty(0, stored)
     if values.size != count:
         raise MissingError(f"{name} holds {values.size:,} values in place of {count:,}")
-    return torch.from_numpy(np.array(values, stored.newbyteorder("="))).reshape(shape)
+    found = torch.from_numpy(np.array(values, stored.newbyteorder("="))).reshape(shape)
+    return found.view(dtype) if stored.itemsize == dtype.itemsize and stored.kind == "u" else found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,8 +23,10 @@ from bakeout.validate.metrics import (
 from bakeout.validate.report.schema import Check, Curve, Detection, Drawn, Kind, TensorParity
 from bakeout.validate.runners import Call, pixels_from_png
 from bakeout.validate.stats import disagreements
-from bakeout.validate.tolerances import COMPONENT, DISAGREEMENT, DRIFT, FAR, FAR_STEP, PARITY, PSNR, STEP, VAE
+from bakeout.validate.tolerances import FP32, PARITY, Limits
 
+# Runs a network of a pipeline, as `run_network` does.
+Run = Callable[[Any, str, Interface, Mapping[str, Tensor]], dict[str, Tensor]]
 # Letters of an error that a report holds.
 _MESSAGE = 300
 # What torch, CUDA, ONNX Runtime and C++ say, in small letters. A shorter word could be in the name of a folder.
@@ -45,23 +47,29 @@ class Expected:
 
 
 def component_parity(
-    target: str, pipeline: Any, interfaces: Mapping[str, Interface], expected: Sequence[Expected]
-) -> list[TensorParity]:
-    """Each output of each network of a target, fed what the reference's was fed, against what that one gave."""
+    target: str, pipeline: Any, interfaces: Mapping[str, Interface], expected: Sequence[Expected],
+    limits: Limits = FP32, run: Run = run_network,
+) -> list[TensorParity]:  # fmt: skip
+    """Each output of each network of a target, fed what the reference's was fed, against what that one gave.
+
+    `limits` are of the target's precision, and `run` runs one of its networks.
+    """
     rows = []
     for it in expected:
         failed, found = None, {}
         try:
-            found = run_network(pipeline, it.call.network, interfaces[it.call.network], it.call.inputs)
+            found = run(pipeline, it.call.network, interfaces[it.call.network], it.call.inputs)
         except Exception as error:
             if is_out_of_memory(error):
                 raise
             failed = f"it does not run ({reason(error)})"
-        rows += [_row(target, it, name, found.get(name), failed) for name in it.outputs]
+        rows += [_row(target, it, name, found.get(name), failed, limits) for name in it.outputs]
     return rows
 
 
-def _row(target: str, expected: Expected, name: str, found: Tensor | None, failed: str | None) -> TensorParity:
+def _row(
+    target: str, expected: Expected, name: str, found: Tensor | None, failed: str | None, limits: Limits
+) -> TensorParity:
     wanted = expected.outputs[name]
     problem, apart, worst = failed, math.inf, None
     if found is None:
@@ -75,7 +83,7 @@ def _row(target: str, expected: Expected, name: str, found: Tensor | None, faile
     return TensorParity(
         target=target, component=expected.call.network, output=name, kind=expected.kind, call=expected.call.when,
         shape=tuple(wanted.shape), relative_rms=finite(apart), sqnr_db=sqnr_db(apart),
-        base_relative_rms=finite(expected.base[name]), limit=_limit(expected.call.network), worst=worst,
+        base_relative_rms=finite(expected.base[name]), limit=limits.of(expected.call.network).limit, worst=worst,
         problem=problem,
     )  # fmt: skip
 
@@ -103,7 +111,9 @@ def check_components(target: str, rows: Sequence[TensorParity]) -> Check:
     return within("components", target, worst.relative_rms, worst.limit, summary)
 
 
-def check_erased(target: str, steps: Tensor, base_steps: Tensor, final: Tensor, base_final: Tensor) -> list[Check]:
+def check_erased(
+    target: str, steps: Tensor, base_steps: Tensor, final: Tensor, base_final: Tensor, limits: Limits = FP32
+) -> list[Check]:
     """The verdict on prompts of what was erased: distance(artifact, reference) as a part of distance(base, reference).
 
     Args:
@@ -112,22 +122,24 @@ def check_erased(target: str, steps: Tensor, base_steps: Tensor, final: Tensor, 
         base_steps: the base's.
         final: where free-running trajectories end, the artifact's distances [prompts].
         base_final: the base's.
+        limits: of the target's precision.
     """
+    step, drift = limits.step.limit, limits.drift.limit
     measured = {
         "step-parity": (
-            _ratio(_over_prompts(steps), _over_prompts(base_steps), STEP.limit),
+            _ratio(_over_prompts(steps), _over_prompts(base_steps), step),
             "After a step from the reference's latents",
         ),
         "step-parity-worst-prompt": (
-            _ratio(steps, base_steps, STEP.limit),
+            _ratio(steps, base_steps, step),
             "After a step from the reference's latents, on the worst prompt,",
         ),
         "final-parity": (
-            _ratio(_over_prompts(final), _over_prompts(base_final), DRIFT.limit),
+            _ratio(_over_prompts(final), _over_prompts(base_final), drift),
             "At the end of its own path",
         ),
         "final-parity-worst-prompt": (
-            _ratio(final, base_final, DRIFT.limit),
+            _ratio(final, base_final, drift),
             "At the end of its own path, on the worst prompt,",
         ),
     }
@@ -135,16 +147,16 @@ def check_erased(target: str, steps: Tensor, base_steps: Tensor, final: Tensor, 
     return [within(name, target, ratio, PARITY.limit, f"{where} {said}") for name, (ratio, where) in measured.items()]
 
 
-def check_kept(target: str, steps: Tensor, final: Tensor) -> list[Check]:
+def check_kept(target: str, steps: Tensor, final: Tensor, limits: Limits = FP32) -> list[Check]:
     """Whether the artifact is at rounding level on prompts without what was erased; arguments as of `check_erased`."""
     return [
         within(
-            "step-rounding", target, float(_over_prompts(steps).max()), STEP.limit,
+            "step-rounding", target, float(_over_prompts(steps).max()), limits.step.limit,
             "On prompts without what was erased the artifact's distance to the reference, after a step from the "
             "reference's latents, is",
         ),
         within(
-            "drift", target, float(_over_prompts(final)), DRIFT.limit,
+            "drift", target, float(_over_prompts(final)), limits.drift.limit,
             "On prompts without what was erased the artifact's distance to the reference, at the end of its own path, "
             "is",
         ),
@@ -157,8 +169,12 @@ def check_edit(
     base_final: Tensor,
     tracked: Sequence[str],
     seen: Iterable[tuple[Detection, Detection]] = (),
+    target: str | None = None,
+    limits: Limits = FP32,
 ) -> Check:
     """Whether the reference is far enough from the base on each concept's prompts to prove anything, and erases it.
+
+    What is far enough depends on how coarsely the artifact rounds.
 
     Args:
         concepts: of each prompt with what was erased.
@@ -166,7 +182,10 @@ def check_edit(
         base_final: the base's distances where free-running trajectories end [prompts].
         tracked: of each prompt in `base_steps`, its concept.
         seen: what a detector sees of a concept on its prompts, in the base's pictures and in the reference's.
+        target: for which it must be enough; None is one in fp32.
+        limits: of the target's precision.
     """
+    far, far_step = limits.far.limit, limits.far_step.limit
     names = dict.fromkeys(concepts)
     ends = {name: float(base_final[[it == name for it in concepts]].median()) for name in names}
     moved = {
@@ -174,18 +193,19 @@ def check_edit(
         for name in names
         if name in tracked
     }
+    of_target = "" if target is None else f" of {target} in {limits.precision}"
     doubts = [
         *(
             f"At the end, base and reference are {it:.2g} apart on the median prompt with {name!a:.100}; it takes "
-            f"{FAR.limit:g} to prove anything."
+            f"{far:g} to prove anything{of_target}."
             for name, it in ends.items()
-            if not FAR.limit <= it < math.inf
+            if not far <= it < math.inf
         ),
         *(
             f"After one step, base and reference are {it:.2g} apart at most on prompts with {name!a:.100}; it takes "
-            f"{FAR_STEP.limit:g} to prove anything."
+            f"{far_step:g} to prove anything{of_target}."
             for name, it in moved.items()
-            if not FAR_STEP.limit <= it < math.inf
+            if not far_step <= it < math.inf
         ),
         *(
             f"The detector sees {base.concept!a:.100} in {reference.detected} of {reference.pictures} pictures of the "
@@ -197,15 +217,16 @@ def check_edit(
     nearest = min(ends, key=ends.__getitem__)
     found = f"At the end, base and reference are {ends[nearest]:.2g} apart on the median prompt with {nearest!a:.100}"
     return Check(
-        name="edit-is-seen", target=None, verdict="unjudged" if doubts else "pass",
-        summary=doubts[0] if doubts else f"{found}, where {FAR.limit:g} is needed.",
-        measured=finite(ends[nearest]), limit=FAR.limit, bound="at least",
+        name="edit-is-seen", target=target, verdict="unjudged" if doubts else "pass",
+        summary=doubts[0] if doubts else f"{found}, where {far:g} is needed{of_target}.",
+        measured=finite(ends[nearest]), limit=far, bound="at least",
     )  # fmt: skip
 
 
 def check_pictures(
-    target: str, pictures: Sequence[Drawn], reference: Sequence[Drawn], distinct: tuple[int, int]
-) -> Check:
+    target: str, pictures: Sequence[Drawn], reference: Sequence[Drawn], distinct: tuple[int, int],
+    limits: Limits = FP32,
+) -> Check:  # fmt: skip
     """Whether all are pictures, each another one, and as the reference's.
 
     Args:
@@ -213,7 +234,9 @@ def check_pictures(
         pictures: the artifact's.
         reference: the reference's; what is no picture there need not be one here.
         distinct: how many different pictures there are of the artifact, and of the reference.
+        limits: of the target's precision.
     """
+    needed = limits.psnr.limit
     odd = [it for it, other in zip(pictures, reference, strict=True) if it.problem and not other.problem]
     worst = min((math.inf if it.psnr_db is None else it.psnr_db for it in pictures), default=math.inf)
     if odd:
@@ -226,23 +249,23 @@ def check_pictures(
             f"There are {distinct[0]} different pictures among {len(pictures)}, where the reference has {distinct[1]}."
         )
         return Check(name="pictures", target=target, verdict="fail", summary=summary)
-    near = worst >= PSNR.limit
+    near = worst >= needed
     apart = max(it.max_difference or 0 for it in pictures)
     return Check(
         name="pictures", target=target, verdict="pass" if near else "fail",
         summary=f"Of {len(pictures)} pictures the one least like the reference's has a PSNR of {worst:.1f} dB against "
-        f"it, where {PSNR.limit:g} dB is needed; the largest difference of a value is {apart} of 255."
+        f"it, where {needed:g} dB is needed; the largest difference of a value is {apart} of 255."
         if worst < math.inf
         else f"All {len(pictures)} pictures are the reference's, value for value.",
-        measured=finite(worst), limit=PSNR.limit, bound="at least",
+        measured=finite(worst), limit=needed, bound="at least",
     )  # fmt: skip
 
 
-def check_detector(target: str, verdicts: Sequence[bool], reference: Sequence[bool]) -> Check:
+def check_detector(target: str, verdicts: Sequence[bool], reference: Sequence[bool], limits: Limits = FP32) -> Check:
     """Whether a detector says the same of the artifact's pictures as of the reference's."""
     count = disagreements(verdicts, reference)
     summary = f"The detector judges {count} of {len(verdicts)} pictures otherwise than the reference's, a share of"
-    return within("detector", target, count / len(verdicts), DISAGREEMENT.limit, summary)
+    return within("detector", target, count / len(verdicts), limits.disagreement.limit, summary)
 
 
 def within(name: str, target: str | None, measured: float | None, limit: float, summary: str) -> Check:
@@ -256,10 +279,6 @@ def within(name: str, target: str | None, measured: float | None, limit: float, 
         name=name, target=target, verdict="pass" if number <= limit else "fail",
         summary=f"{summary} {told}; {limit:g} is allowed.", measured=finite(number), limit=limit,
     )  # fmt: skip
-
-
-def _limit(network: str) -> float:
-    return (VAE if network.startswith("vae_") else COMPONENT).limit
 
 
 def _place(row: TensorParity) -> str:
@@ -296,6 +315,15 @@ def is_out_of_memory(error: BaseException | None) -> bool:
     while error is not None:
         said = str(error).lower()
         if isinstance(error, MemoryError) or any(it in said for it in _NO_MEMORY):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def is_not_implemented(error: BaseException | None) -> bool:
+    """Whether an error, or what it came from, is that ONNX Runtime has no kernel for an operator in some type."""
+    while error is not None:
+        if "NOT_IMPLEMENTED" in str(error):
             return True
         error = error.__cause__ or error.__context__
     return False

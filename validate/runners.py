@@ -39,13 +39,23 @@ class Trial:
 
 @dataclass(frozen=True)
 class Settings:
-    """How to draw: `size` is width and height in pixels, `latents` a picture's shape, `batch` how many at once."""
+    """How to draw.
+
+    Attributes:
+        steps: of denoising.
+        guidance: its scale.
+        size: width and height in pixels.
+        latents: a picture's shape.
+        batch: how many pictures at once, at most.
+        least: how many at least: what a batch lacks is drawn for nothing.
+    """
 
     steps: int
     guidance: float
     size: tuple[int, int]
     latents: tuple[int, int, int]
     batch: int
+    least: int = 1
 
 
 @dataclass(frozen=True)
@@ -93,6 +103,21 @@ def smaller(call: Call, unit: int | None) -> Call:
     return Call(call.network, f"{call.when}, the first row alone and half as high", inputs)
 
 
+def in_other_shapes(calls: Sequence[Call], pipeline: Any, latents: tuple[int, int] | None) -> list[Call]:
+    """The first call of each network, in a larger batch, in one of two rows and in a smaller one of another size.
+
+    With `latents`, the height and width of the only ones that the edit is for, the UNet's size is always theirs.
+    """
+    halvings = 2 ** (len(pipeline.unet.config.block_out_channels) - 1)
+    units = {
+        "unet": halvings if latents is None else None,
+        "vae_encoder": halvings * pipeline.vae_scale_factor,
+    }
+    first = {call.network: call for call in reversed(calls)}
+    others = [other for it in first.values() for other in (one_more(it), smaller(it, units.get(it.network, 1)))]
+    return others + [of_two(it) for it in first.values() if it.rows > 2]
+
+
 def odd_prompts(pipeline: Any, component: str, prompt: str) -> list[Call]:
     """Calls of a text encoder with what may be taken for an empty prompt, or is one, together and alone."""
     tokenizer = getattr(pipeline, component.replace("text_encoder", "tokenizer"))
@@ -124,6 +149,26 @@ class Trajectory:
     pictures: tuple[bytes, ...] = ()
     problems: tuple[str | None, ...] = ()
     calls: tuple[Call, ...] = ()
+
+
+def pictures_of(drawings: Sequence[Trajectory]) -> list[bytes]:
+    """The PNGs of all, in order."""
+    return [png for own in drawings for png in own.pictures]
+
+
+def check_shapes(drawings: Sequence[Trajectory], reference: Sequence[Trajectory]) -> None:
+    """Raise ValueError if a model took another number of steps than the reference, or draws other latents."""
+    for own, other in zip(drawings, reference, strict=True):
+        if own.latents.shape != other.latents.shape:
+            raise ValueError(
+                f"its latents are {list(own.latents.shape)} where the reference's are {list(other.latents.shape)}: "
+                "steps, prompts, channels, height, width"
+            )
+
+
+def distinct_pictures(drawings: Sequence[Trajectory]) -> int:
+    """How many different pictures there are; the same pixels give the same PNG."""
+    return len(set(pictures_of(drawings)))
 
 
 def initial_latents(settings: Settings, generators: Sequence[torch.Generator]) -> Tensor:
@@ -176,15 +221,20 @@ def _run_batch(
     capture: bool,
     progress: Callable[[float], object] | None,
 ) -> Trajectory:
+    count = len(trials)
+    trials = [*trials, *[trials[-1]] * (settings.least - count)]
     generators = [torch.Generator("cpu").manual_seed(trial.seed) for trial in trials]
     seen: list[Tensor] = []
 
     def step_done(running: Any, step: int, _time: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         latents = tensors["latents"]
-        seen.append(latents.float().cpu())
+        seen.append(latents[:count].float().cpu())
         if progress is not None:
-            progress(len(trials) / running.num_timesteps)
-        return tensors if forced is None else {"latents": forced[step].to(latents)}
+            progress(count / running.num_timesteps)
+        if forced is None:
+            return tensors
+        own = forced[step].to(latents)
+        return {"latents": torch.cat([own, own[-1:].expand(len(latents) - count, -1, -1, -1)])}
 
     recorder = _Recorder()
     with recorder.watching(pipeline) if capture else nullcontext():
@@ -198,7 +248,7 @@ def _run_batch(
             height=settings.size[1],
             output_type="np" if forced is None else "latent",
             callback_on_step_end=step_done,
-        ).images
+        ).images[:count]
     latents = torch.stack(seen)
     if forced is not None:
         return Trajectory(latents)

@@ -1,7 +1,8 @@
 """Validate an artifact: is what ships the base with the edit, to rounding, and far from the base where that matters?
 
-Three models draw from identical latents, all in fp32: the **base**, the **reference** (the base in eager PyTorch with
-the Edit as hooks) and the **artifact**, in each of its formats. The artifact is compared with the reference only.
+Three models draw from identical latents: the **base**, the **reference** (the base in eager PyTorch with
+the Edit as hooks) and the **artifact**, in each of its formats. The artifact is compared with the reference only. A
+target in less than fp32 is held to the limits of its precision.
 """
 
 from __future__ import annotations
@@ -17,8 +18,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from shlex import quote
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -28,11 +28,13 @@ from bakeout.editor.edit import Edit
 from bakeout.editor.errors import InputError, not_installed
 from bakeout.editor.merge import merge
 from bakeout.editor.model import Model
-from bakeout.export.artifact import EDIT, ONNX, RUNTIMES, Artifact
+from bakeout.export.artifact import Artifact
 from bakeout.export.base import open_base
-from bakeout.export.manifest import MANIFEST, Manifest, file_digest, read_manifest
+from bakeout.export.manifest import MANIFEST, Tensorrt, file_digest, read_manifest
+from bakeout.export.targets import ONNX, TENSORRT
 from bakeout.generate import Request, complete, device_from_text, scheduler_for
 from bakeout.recipe import recommended_for
+from bakeout.validate.asked import RUNTIME_OF, Profile, check_edit_given, chosen_targets, recorded_profile
 from bakeout.validate.audit import (
     Parameter,
     Read,
@@ -47,11 +49,21 @@ from bakeout.validate.configuration import check_configuration
 from bakeout.validate.contract import contract, run_network
 from bakeout.validate.devices import (
     check_providers,
+    gpu_of,
     own_kernels,
-    why_not_started,
+    precision_of,
+    why_not_here,
     with_exact_products,
     with_kernels_chosen,
     without_tf32,
+)
+from bakeout.validate.engines import (
+    check_engines,
+    of_size,
+    recorded,
+    run_in_pieces,
+    settings_of,
+    why_not_of_size,
 )
 from bakeout.validate.erasure import Detector, detections, detector_of, trials_of
 from bakeout.validate.graph_edit import check_edit_in_graphs, first_hidden_states, lengths_of
@@ -68,6 +80,7 @@ from bakeout.validate.parity import (
     component_parity,
     curve,
     drawn,
+    is_not_implemented,
     is_out_of_memory,
     reason,
 )
@@ -91,29 +104,28 @@ from bakeout.validate.runners import (
     Settings,
     Trajectory,
     Trial,
+    check_shapes,
+    distinct_pictures,
+    in_other_shapes,
     odd_prompts,
-    of_two,
-    one_more,
+    pictures_of,
     pixels_from_png,
     run,
-    smaller,
 )
-from bakeout.validate.tolerances import TABLE
+from bakeout.validate.tolerances import LIMITS, table_of
 from bakeout.validate.widths import units_of
 
 if TYPE_CHECKING:
     from bakeout.export.onnx_pipeline import SessionSettings
 
-Profile = Literal["quick", "release"]
 # Prompts that a profile draws, half of them with what was erased. With none of 300 detected, at most 1 % are, at 95 %
 # confidence (one-sided; the report's intervals have two sides).
 PROFILES: Mapping[str, int] = {"quick": 24, "release": 600}
-_RUNTIME_OF = {target: runtime for runtime, target in RUNTIMES.items()}
 # Of each kind, prompts whose every step is compared: more tell nothing new of a step.
 _TRACKED = 12
 # A batch has at most so many pixels, as one picture of Stable Diffusion 1.5, and so many pictures.
 _BATCH_PIXELS, _BATCH = 512 * 512, 12
-_TOOLS = ("diffusers", "numpy", "onnx", "onnxruntime", "onnxruntime-gpu", "torch", "transformers")
+_TOOLS = ("diffusers", "numpy", "onnx", "onnxruntime", "onnxruntime-gpu", "tensorrt", "torch", "transformers")
 _NEEDED = {"onnx": ("onnx", "onnxruntime")}
 _ORDER: Mapping[Verdict, int] = {"fail": 0, "unjudged": 1, "pass": 2}
 BASE, REFERENCE = "base", "reference"
@@ -140,6 +152,7 @@ class _Baseline:
         reference: of each group.
         steps: of each kind, the base's distances after teacher-forced steps [steps, tracked trials].
         final: of each kind, the base's distances at the end of free-running trajectories [trials].
+        concepts: of each tracked trial with what was erased, its concept.
         expected: calls of networks.
         verdicts: of the detector on the reference's pictures.
     """
@@ -149,6 +162,7 @@ class _Baseline:
     reference: list[Trajectory]
     steps: Mapping[Kind, Tensor]
     final: Mapping[Kind, Tensor]
+    concepts: list[str]
     expected: list[Expected]
     verdicts: list[bool]
 
@@ -198,8 +212,8 @@ def validate(
     """
     started = time.monotonic()
     artifact = Artifact(Path(folder), read_manifest(Path(folder)))
-    profile = profile or _recorded_profile(artifact.manifest)
-    chosen = _chosen(artifact, targets)
+    profile = profile or recorded_profile(artifact.manifest)
+    chosen = chosen_targets(artifact, targets)
     check_providers(sessions)
     kernels = own_kernels(sessions, artifact.folder / ONNX) if ONNX in chosen else None
     count = PROFILES[profile] if count is None else count
@@ -208,7 +222,7 @@ def validate(
     asked = Request(("",), seed=seed, count=count, steps=steps, guidance=guidance, size=size, scheduler=scheduler)
     device = device_from_text(device)
     trials = trials_of(artifact.manifest, None if prompts is None else Path(prompts), count, seed)
-    _check_edit_given(artifact, None if edit is None else Path(edit))
+    check_edit_given(artifact, None if edit is None else Path(edit))
     model = open_base(artifact, base)
     own = _Validation(artifact, model, trials, device, sessions, kernels, detector_of(artifact.manifest))
     baked = own.check_files(None if edit is None else Path(edit))
@@ -233,6 +247,7 @@ class _Validation:
         self.kernels = kernels
         self.detector = detector
         self.pictures: dict[str, bytes] = {}
+        self._precisions: dict[str, str] = {}
         self._settings: dict[str, Any] = {}
         self._checks: list[Check] = []
         self._tensors: list[TensorParity] = []
@@ -245,6 +260,19 @@ class _Validation:
     def trials(self) -> list[Trial]:
         """All of them, in the order of the groups."""
         return [trial for group in self.groups for trial in group.trials]
+
+    @property
+    def _concepts(self) -> list[str]:
+        """Of each trial with what was erased."""
+        return [trial.concept for trial in self.trials if trial.kind == ERASED]
+
+    @property
+    def _made(self) -> Tensorrt:
+        """With what the engines were made."""
+        made = self.artifact.manifest.tensorrt
+        if made is None:
+            raise TypeError("a manifest with that target says how it was made")
+        return made
 
     def check_files(self, given: Path | None) -> Edit | None:
         """Check the files, and return the Edit: that in a file, or the artifact's; None if its own was changed."""
@@ -290,22 +318,24 @@ class _Validation:
                 f"the manifest says from {_number(said.get(wrong[0]))}."
             )
         elif narrow:
-            summary = f"The manifest says of FFNs in {ONNX}/ that other numbers of hidden units are there than must be."
+            summary = "The manifest says of FFNs in graphs that other numbers of hidden units are there than must be."
         self._say("validity", None, "fail" if wrong or latents != only or narrow else "pass", summary)
 
     def _claims_other_widths(self, edit: Edit) -> bool:
-        how = self.artifact.manifest.onnx
-        if how is None:
-            return False
-        units = units_of(edit, self.model, how.shrink)
-        claimed = {name: (it.kept, it.of) for name, it in how.widths.items()}
-        return claimed != {name: (len(own), self.model.site(name).d_in) for name, own in units.items()}
+        for how in (self.artifact.manifest.onnx, self.artifact.manifest.tensorrt):
+            units = {} if how is None else units_of(edit, self.model, how.shrink)
+            claimed = {} if how is None else {name: (it.kept, it.of) for name, it in how.widths.items()}
+            if claimed != {name: (len(own), self.model.site(name).d_in) for name, own in units.items()}:
+                return True
+        return False
 
     def compare(self, edit: Edit, asked: Request, targets: Sequence[str], progress: Callable[[float], object]) -> None:
         """Audit the targets' files, then draw with all models and judge."""
-        targets = [target for target in targets if self._can_run(target)]
+        self._precisions = {target: precision_of(self.artifact.manifest, target) for target in targets}
+        targets = [target for target in targets if self._is_installed(target)]
         for target in targets:
             self._audit(target, edit)
+        targets = [target for target in targets if self._can_run(target)]
         tracked = sum(len(group.trials) for group in self.groups if group.tracked)
         drawings = (2 + len(targets)) * len(self.trials) + (1 + len(targets)) * tracked
 
@@ -357,22 +387,21 @@ class _Validation:
             ),
             detections=tuple(self._detections),
             detector=None if self.detector is None else self.detector.name,
-            tolerances=TABLE,
+            tolerances=table_of(self._precisions.values()),
             seconds=seconds,
         )  # fmt: skip
 
-    def _can_run(self, target: str) -> bool:
-        why = None
+    def _is_installed(self, target: str) -> bool:
         missing = [name for name in _NEEDED.get(target, ()) if importlib.util.find_spec(name) is None]
         if missing:
-            why = f"{not_installed(missing[0])}."
-        elif target == "onnx" and self.sessions is not None and (error := why_not_started(self.sessions)):
-            why = (
-                f"ONNX Runtime cannot compute with {', '.join(self.sessions.providers)} on this machine "
-                f"({self._reason(error)}): mend that, or choose another provider."
-            )
+            self._say("runs", target, "unjudged", f"{not_installed(missing[0])}.")
+        return not missing
+
+    def _can_run(self, target: str) -> bool:
+        folder = self.artifact.folder / target
+        why = why_not_here(self.artifact.manifest, target, folder, self.sessions, gpu_of(self.device))
         if why is not None:
-            self._say("runs", target, "unjudged", why)
+            self._say("runs", target, "unjudged", f"It was not run: {self._reason(why)}.")
         return why is None
 
     def _audit(self, target: str, edit: Edit) -> None:
@@ -380,23 +409,30 @@ class _Validation:
         texts = [trial.prompt for trial in self.trials]
         with self._finding("configuration", target):
             self._checks.append(check_configuration(target, self.model, folder, texts, latents_of(edit)))
+        if target == TENSORRT:
+            with self._finding("engines", target):
+                made, kept = self._made, kept_in_graphs(edit, self.model)
+                self._checks.append(check_engines(target, self.model, folder, made, kept))
+            return
         with self._finding("weights", target), ExitStack() as stack:
             names = self._names()
             kept = kept_in_graphs(edit, self.model) if target == ONNX else []
             if target == ONNX:
-                graphs = OnnxFolder(folder, self.model)
+                graphs = OnnxFolder(folder, self.model, self._precisions[target])
                 self._checks.append(graphs.check_interface(target, lengths_of(kept), latents_of(edit)))
                 if kept:
                     with self._finding("edit-in-graph", target):
                         self._checks.append(check_edit_in_graphs(target, self.model, kept, graphs, names))
                 read: Read = partial(graphs.read, names)
-                beside = [*graphs.beside(), *graphs.unaccounted(names, kept)]
+                beside = [*graphs.beside(), *graphs.strange(kept), *graphs.unaccounted(names, kept)]
+                narrow = graphs.dtype
             else:
                 read = stack.enter_context(parameters(self.artifact.model))
                 beside = weights_beside(self.artifact.model)
+                narrow = None
             how = self.artifact.manifest.onnx
             units = units_of(edit, self.model, how.shrink) if target == ONNX and how is not None else {}
-            self._checks.append(check_weights(target, self.model, edit, names, read, beside, kept, units))
+            self._checks.append(check_weights(target, self.model, edit, names, read, beside, kept, units, narrow))
 
     def _names(self) -> dict[Parameter, str]:
         """What the targets call each parameter of the base: as the artifact's diffusers folder does."""
@@ -431,13 +467,15 @@ class _Validation:
         self._add_pictures(REFERENCE, reference, None)
         self._detect(BASE)
         verdicts = self._detect(REFERENCE)
-        self._check_baseline(steps, final, reference)
-        return _Baseline(settings, asked.scheduler, reference, steps, final, expected, verdicts)
+        concepts = [trial.concept for group in self.groups if group.tracked for trial in group.trials]
+        concepts = concepts[: steps[ERASED].shape[1]]
+        self._check_baseline(steps, final, concepts, reference)
+        return _Baseline(settings, asked.scheduler, reference, steps, final, concepts, expected, verdicts)
 
     def _calls(self, edit: Edit, pipeline: Any, reference: Sequence[Trajectory]) -> Iterator[tuple[Kind, Call]]:
         """With what networks are compared: what they were called with, the same in other shapes, and odd prompts."""
         for group, trajectory in zip(self.groups, reference, strict=True):
-            for call in (*trajectory.calls, *_in_other_shapes(trajectory.calls, pipeline, latents_of(edit))):
+            for call in (*trajectory.calls, *in_other_shapes(trajectory.calls, pipeline, latents_of(edit))):
                 yield group.kind, call
         edited = {self.model.site(it.site).component for it in edit.operations}
         for name in sorted(name for name in edited if name.startswith("text_encoder")):
@@ -446,36 +484,52 @@ class _Validation:
 
     def _judge(self, target: str, baseline: _Baseline, advance: Callable[[float], object]) -> None:
         """Draw with a target, and compare."""
-        settings, reference = baseline.settings, baseline.reference
+        settings, reference, expected = baseline.settings, baseline.reference, baseline.expected
+        limits, run_one = LIMITS[self._precisions[target]], run_network
+        if target == TENSORRT:
+            shapes = self._made.shapes
+            if why := why_not_of_size(shapes, settings):
+                self._say("runs", target, "unjudged", why)
+                return
+            factor = settings.size[0] // settings.latents[2]
+            settings, expected = settings_of(shapes, settings), of_size(shapes, expected, factor)
+            run_one = partial(run_in_pieces, shapes)
         try:
             pipeline = self._load(target)
             if baseline.scheduler is not None:
                 pipeline.scheduler = scheduler_for(pipeline, baseline.scheduler)
-            rows = component_parity(target, pipeline, self.interfaces, baseline.expected)
+            rows = component_parity(target, pipeline, self.interfaces, expected, limits, run_one)
             self._tensors += rows
             self._checks.append(check_components(target, rows))
             free = self._free(pipeline, settings, advance)
-            _check_shapes(free, reference)
+            check_shapes(free, reference)
             forced = self._forced(pipeline, settings, reference, advance)
             steps, final = self._apart(free, forced, reference)
         except Exception as error:  # noqa: BLE001 - whatever a broken artifact raises is a finding, and no end
             short = is_out_of_memory(error)
             said = self._reason(error)
             told = f"There is not enough memory to draw with it ({said})." if short else f"It does not run: {said}."
-            self._say("runs", target, "unjudged" if short else "fail", told)
+            # That is no fault of the graph: for bf16 there are few kernels, on GPUs too.
+            lacking = limits.precision == "bf16" and is_not_implemented(error)
+            if lacking:
+                told = f"This ONNX Runtime has no kernels for it in bf16 ({said}): validate with one that has them."
+            self._say("runs", target, "unjudged" if short or lacking else "fail", told)
             return
-        self._say("runs", target, "pass", f"It loads, and draws with {_RUNTIME_OF[target]}.")
-        self._checks += check_erased(
-            target, steps[ERASED], baseline.steps[ERASED], final[ERASED], baseline.final[ERASED]
-        )
+        self._say("runs", target, "pass", f"It loads, and draws with {RUNTIME_OF[target]}.")
+        base_steps, base_final = baseline.steps[ERASED], baseline.final[ERASED]
+        if limits.precision != "fp32":
+            self._checks.append(
+                check_edit(self._concepts, base_steps, base_final, baseline.concepts, target=target, limits=limits)
+            )
+        self._checks += check_erased(target, steps[ERASED], base_steps, final[ERASED], base_final, limits)
         if KEPT in final:
-            self._checks += check_kept(target, steps[KEPT], final[KEPT])
+            self._checks += check_kept(target, steps[KEPT], final[KEPT], limits)
         self._add_curves(target, free, steps, reference)
         self._add_pictures(target, free, reference)
-        distinct = (_distinct(free), _distinct(reference))
-        self._checks.append(check_pictures(target, self._drawn[target], self._drawn[REFERENCE], distinct))
+        distinct = (distinct_pictures(free), distinct_pictures(reference))
+        self._checks.append(check_pictures(target, self._drawn[target], self._drawn[REFERENCE], distinct, limits))
         if baseline.verdicts:
-            self._checks.append(check_detector(target, self._detect(target), baseline.verdicts))
+            self._checks.append(check_detector(target, self._detect(target), baseline.verdicts, limits))
 
     def _settings_of(self, pipeline: Any, asked: Request, latents: tuple[int, int] | None) -> Settings:
         factor = pipeline.vae_scale_factor
@@ -503,16 +557,20 @@ class _Validation:
             "device": self.device,
             "providers": list(self.sessions.providers) if self.sessions else ["CPUExecutionProvider"],
             "kernels": self.kernels,
+            "precisions": self._precisions,
+            "engines": recorded(self._made) if TENSORRT in self._precisions else None,
         }
         shape = (pipeline.unet.config.in_channels, height // factor, width // factor)
         batch = max(1, min(_BATCH, _BATCH_PIXELS // (width * height)))
         return Settings(request.steps, request.guidance, (width, height), shape, batch)
 
     def _load(self, target: str) -> Any:
-        runtime = _RUNTIME_OF[target]
+        runtime = RUNTIME_OF[target]
         if runtime == "torch":
             # As diffusers loads it, with all hidden states, of which the artifact's own loader withholds some.
             return self.artifact.model.pipeline(self.device, torch.float32)
+        if runtime == "tensorrt":
+            return self.artifact.load(runtime, device=gpu_of(self.device))
         return self.artifact.load(runtime, sessions=with_kernels_chosen(self.sessions))
 
     def _free(
@@ -563,8 +621,8 @@ class _Validation:
 
     def _add_pictures(self, model: str, drawings: Sequence[Trajectory], reference: Sequence[Trajectory] | None) -> None:
         digits = len(str(len(self.trials)))
-        pngs = _pictures(drawings)
-        others = _pictures(reference) if reference is not None else [None] * len(pngs)
+        pngs = pictures_of(drawings)
+        others = pictures_of(reference) if reference is not None else [None] * len(pngs)
         problems = [problem for own in drawings for problem in own.problems]
         seen = self.detector.look([pixels_from_png(png) for png in pngs]) if self.detector else [None] * len(pngs)
         files = [f"pictures/{number:0{digits}}-{model}.png" for number in range(1, len(pngs) + 1)]
@@ -580,17 +638,15 @@ class _Validation:
         return verdicts
 
     def _check_baseline(
-        self, steps: Mapping[Kind, Tensor], final: Mapping[Kind, Tensor], reference: Sequence[Trajectory]
-    ) -> None:
+        self, steps: Mapping[Kind, Tensor], final: Mapping[Kind, Tensor], concepts: Sequence[str],
+        reference: Sequence[Trajectory],
+    ) -> None:  # fmt: skip
         """Whether there is something to compare with, and something to see."""
-        erased = [trial.concept for trial in self.trials if trial.kind == ERASED]
-        tracked = [trial.concept for group in self.groups if group.tracked for trial in group.trials]
-        concepts = tracked[: steps[ERASED].shape[1]]
         of_base, of_reference = (
             [it for it in self._detections if (it.model, it.kind) == (model, ERASED)] for model in (BASE, REFERENCE)
         )
         seen = zip(of_base, of_reference, strict=True)
-        self._checks.append(check_edit(erased, steps[ERASED], final[ERASED], concepts, seen))
+        self._checks.append(check_edit(self._concepts, steps[ERASED], final[ERASED], concepts, seen))
         if KEPT in final:
             base, edited = self._drawn[BASE], self._drawn[REFERENCE]
             self._checks.append(check_resemblance(self.trials, base, edited, self.pictures))
@@ -599,7 +655,7 @@ class _Validation:
         else:
             self._say("kept-prompts", None, "unjudged", "There are no prompts without what was erased.")
         odd = [it for it in self._drawn[REFERENCE] if it.problem]
-        same = len(self.trials) - _distinct(reference)
+        same = len(self.trials) - distinct_pictures(reference)
         said = "All of the reference's pictures show something, and no two are the same."
         if odd:
             said = f"{len(odd)} of the reference's pictures show nothing, as {odd[0].file}: {odd[0].problem}."
@@ -627,84 +683,11 @@ class _Validation:
         self._checks.append(Check(name=name, target=target, verdict=verdict, summary=summary))
 
 
-def _groups(trials: Sequence[Trial]) -> list[_Group]:
-    groups = []
-    for kind in (ERASED, KEPT):
-        own = tuple(trial for trial in trials if trial.kind == kind)
-        groups += [_Group(kind, True, own[:_TRACKED]), _Group(kind, False, own[_TRACKED:])]
-    return [group for group in groups if group.trials]
-
-
-def _in_other_shapes(calls: Sequence[Call], pipeline: Any, latents: tuple[int, int] | None) -> list[Call]:
-    """The first call of each network, in a larger batch, in one of two rows and in a smaller one of another size.
-
-    With `latents`, the height and width of the only ones that the edit is for, the UNet's size is always theirs.
-    """
-    halvings = 2 ** (len(pipeline.unet.config.block_out_channels) - 1)
-    units = {
-        "unet": halvings if latents is None else None,
-        "vae_encoder": halvings * pipeline.vae_scale_factor,
-    }
-    first = {call.network: call for call in reversed(calls)}
-    others = [other for it in first.values() for other in (one_more(it), smaller(it, units.get(it.network, 1)))]
-    return others + [of_two(it) for it in first.values() if it.rows > 2]
-
-
-def _recorded_profile(manifest: Manifest) -> Profile:
-    said = manifest.recipe.get("validation")
-    return "release" if isinstance(said, dict) and said.get("profile") == "release" else "quick"
-
-
-def _chosen(artifact: Artifact, targets: Sequence[str] | None) -> list[str]:
-    """The targets to validate, each once. Raises InputError for one that is not there, or that nobody can validate."""
-    there = artifact.manifest.targets
-    for target in targets or ():
-        if target not in there:
-            command = f"bakeout export {quote(str(artifact.folder))} --target {target}"
-            cure = f"run `{command}`, or " if target == ONNX else ""
-            raise InputError(f"{artifact.folder} has no target {target!a:.50}; {cure}choose from {', '.join(there)}")
-    chosen = list(dict.fromkeys(targets or there))
-    for target in chosen:
-        if target not in _RUNTIME_OF:
-            raise InputError(
-                f"there is no way to draw with the target {target!a:.50}; choose from {', '.join(_RUNTIME_OF)}"
-            )
-    return chosen
-
-
-def _check_edit_given(artifact: Artifact, given: Path | None) -> None:
-    """Raise InputError for another artifact's Edit, or where there is none."""
-    if given is not None:
-        if Edit.load(given).digest != artifact.manifest.edit:
-            raise InputError(f"{given} is not the Edit of {artifact.folder}; give that artifact's")
-    elif not (artifact.folder / EDIT).exists():
-        raise InputError(f"{artifact.folder} was released without its {EDIT}; give it with --edit")
-
-
 def _release() -> None:
     """Give back the memory of a pipeline that nobody holds any more."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-def _pictures(drawings: Sequence[Trajectory]) -> list[bytes]:
-    return [png for own in drawings for png in own.pictures]
-
-
-def _check_shapes(drawings: Sequence[Trajectory], reference: Sequence[Trajectory]) -> None:
-    """Raise ValueError if a model took another number of steps than the reference, or draws other latents."""
-    for own, other in zip(drawings, reference, strict=True):
-        if own.latents.shape != other.latents.shape:
-            raise ValueError(
-                f"its latents are {list(own.latents.shape)} where the reference's are {list(other.latents.shape)}: "
-                "steps, prompts, channels, height, width"
-            )
-
-
-def _distinct(drawings: Sequence[Trajectory]) -> int:
-    """How many different pictures there are; the same pixels give the same PNG."""
-    return len(set(_pictures(drawings)))
 
 
 def _number(state: int | None) -> str:
@@ -721,3 +704,11 @@ def _tools() -> dict[str, str]:
         with suppress(PackageNotFoundError):
             found[name] = version(name)
     return found
+
+
+def _groups(trials: Sequence[Trial]) -> list[_Group]:
+    groups = []
+    for kind in (ERASED, KEPT):
+        own = tuple(trial for trial in trials if trial.kind == kind)
+        groups += [_Group(kind, True, own[:_TRACKED]), _Group(kind, False, own[_TRACKED:])]
+    return [group for group in groups if group.trials]

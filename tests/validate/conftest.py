@@ -18,6 +18,7 @@ from bakeout.export.artifact import making, write_artifact
 from bakeout.export.checkpoint import plan_diffusers
 from bakeout.export.lower import lower, touched_tensors
 from bakeout.export.manifest import base_of
+from bakeout.export.precision import cast_file
 
 FACTS: dict[str, Any] = {"recipe": {}, "calibration": {}, "tools": {}}
 
@@ -62,6 +63,20 @@ def without() -> Callable[[str], Edit]:
 def bake() -> Callable[..., Path]:
     """Writes the artifact of a model and an Edit to a folder, and returns the folder."""
     return write
+
+
+def in_precision(folder: Path, target: Path, precision: str) -> Path:
+    """The graphs of an ONNX folder in another precision, and all else of it."""
+    shutil.copytree(folder, target, ignore=shutil.ignore_patterns("model.onnx*"))
+    for path in folder.glob("*/model.onnx"):
+        cast_file(path, target / path.parent.name / path.name, precision, path.parent.name)
+    return target
+
+
+@pytest.fixture(scope="session")
+def narrowed() -> Callable[[Path, Path, str], Path]:
+    """`in_precision`."""
+    return in_precision
 
 
 @pytest.fixture(scope="session")

@@ -54,6 +54,7 @@ def falls_back(session: type, *arguments: Any, **_: Any) -> Any:
 
 def test_a_provider_that_raises_or_gives_way_did_not_start(monkeypatch):
     session = onnxruntime.InferenceSession
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: list(GPU.providers))
     monkeypatch.setattr(onnxruntime, "InferenceSession", raises)
     assert "libcudnn.so.9" in str(why_not_started(GPU))
     monkeypatch.setattr(onnxruntime, "InferenceSession", lambda *given, **more: falls_back(session, *given, **more))

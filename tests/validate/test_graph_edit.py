@@ -91,8 +91,53 @@ def test_an_honest_graph_passes_in_every_form(tiny, tmp_path, name):
         assert SITE in check.summary
 
 
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+@pytest.mark.parametrize("name", ["everything", "relu latents"])
+def test_an_honest_graph_in_16_bits_passes(tiny, tmp_path, narrowed, precision, name):
+    edit = Edit(tuple(at_site(SITE, 16)[name]))
+    folder = narrowed(write(tiny, tmp_path / "wide", edit), tmp_path / "it", precision)
+
+    def judged(edit: Edit) -> str:
+        kept = kept_in_graphs(edit, tiny)
+        return check_edit_in_graphs("onnx", tiny, kept, OnnxFolder(folder, tiny, precision), names_of(tiny)).verdict
+
+    assert judged(edit) == "pass"
+    operations = list(edit.operations)
+    number, steered = next((n, it) for n, it in enumerate(operations) if isinstance(it, SteerLatents))
+    for other in (replace(steered, strengths=steered.strengths * 1.01), replace(steered, k=steered.k - 1)):
+        assert judged(Edit((*operations[:number], other, *operations[number + 1 :]))) == "fail"
+
+
+def test_an_edit_that_a_conversion_undoes_fails(tiny, tmp_path, narrowed):
+    """What would be taken away is made so small that fp16 has 0 for it, and then as large as it was."""
+    edit = Edit(tuple(at_site(SITE, 16)["relu latents"]))
+    folder = narrowed(write(tiny, tmp_path / "wide", edit), tmp_path / "it", "fp16")
+    path = folder / "text_encoder" / "model.onnx"
+    model = onnx.load(path)
+    (taken,) = (
+        node for node in model.graph.node if node.op_type == "Sub" and node.name.startswith(f"bakeout/{SITE}/sub")
+    )
+    place, home, moved = list(model.graph.node).index(taken), f"bakeout/{SITE}/", taken.input[1]
+    model.graph.initializer.append(onnx.numpy_helper.from_array(torch.tensor(1e-12).numpy(), "tiny"))
+    undone = [
+        helper.make_node("Mul", [moved, "tiny"], ["small"], f"{home}small"),
+        helper.make_node("Cast", ["small"], ["low"], "low/Cast", to=onnx.TensorProto.FLOAT16),
+        helper.make_node("Cast", ["low"], ["wide"], "wide/Cast", to=onnx.TensorProto.FLOAT),
+        helper.make_node("Div", ["wide", "tiny"], ["again"], f"{home}again"),
+    ]
+    taken.input[1] = "again"
+    rest = list(model.graph.node)
+    del model.graph.node[:]
+    model.graph.node.extend([*rest[:place], *undone, *rest[place:]])
+    onnx.save(model, path)
+    kept = kept_in_graphs(edit, tiny)
+    check = check_edit_in_graphs("onnx", tiny, kept, OnnxFolder(folder, tiny, "fp16"), names_of(tiny))
+    assert check.verdict == "fail"
+    assert f"'{home}again' reads what was converted inside the edit" in check.summary
+
+
 @pytest.mark.parametrize("family", ["sd2", "sdxl"])
-def test_an_honest_graph_passes_in_every_family(folders, tmp_path, family):
+def test_an_honest_graph_passes_in_every_family(folders, narrowed, tmp_path, family):
     model = open_model(folders(family))
     sites = [it for it in model.sites if it.name in (SITE, "text_encoder_2.layer.1", "text_encoder.layer.0.ffn2")]
     assert len(sites) == (3 if family == "sdxl" else 2)
@@ -100,6 +145,9 @@ def test_an_honest_graph_passes_in_every_family(folders, tmp_path, family):
     operations += at_site(SITE, 32)["shifts of tokens"]
     edit = Edit(tuple(operations))
     assert judge(model, write(model, tmp_path / "it", edit), edit).verdict == "pass"
+    kept, names = kept_in_graphs(edit, model), names_of(model)
+    narrow = OnnxFolder(narrowed(tmp_path / "it", tmp_path / "narrow", "fp16"), model, "fp16")
+    assert check_edit_in_graphs("onnx", model, kept, narrow, names).verdict == "pass"
     # And what another site, row or strength would be is no part of it.
     for other in (
         [replace(it, rows="all") if it.site == sites[-1].name else it for it in operations],

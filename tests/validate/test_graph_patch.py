@@ -23,6 +23,7 @@ from bakeout.validate.audit import check_weights, kept_in_graphs, names_of, roun
 from bakeout.validate.graph_edit import check_edit_in_graphs, lengths_of
 from bakeout.validate.onnx_folder import OnnxFolder
 from bakeout.validate.report.schema import Check
+from bakeout.validate.widened import DTYPES
 
 LATENTS = (4, 4)
 # Of the tiny model at these latents: site, tokens, width in, width out.
@@ -119,6 +120,30 @@ def test_honest_graphs_pass_at_every_sort_of_place(tiny, whole):
     assert weights.verdict == "fail"
 
 
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_honest_graphs_in_16_bits_pass(tiny, whole, narrowed, tmp_path, precision):
+    folder = narrowed(whole, tmp_path / "it", precision)
+    names = {k: v for k, v in names_of(tiny).items() if k[0] != "vae"}
+
+    def judged(edit: Edit, precision: str) -> tuple[str, str]:
+        graphs, kept = OnnxFolder(folder, tiny, precision), kept_in_graphs(edit, tiny)
+        assert graphs.unaccounted(names, kept) == []
+        beside = [it for it in graphs.strange() if it.startswith("unet")]
+        weights = check_weights(
+            "onnx", tiny, edit, names, lambda place: graphs.read(names, place), beside, kept, {}, graphs.dtype
+        )
+        return check_edit_in_graphs("onnx", tiny, kept, graphs, names).verdict, weights.verdict
+
+    assert judged(WHOLE, precision) == ("pass", "pass")
+    # They are in no other precision than the manifest says.
+    assert judged(WHOLE, "bf16" if precision == "fp16" else "fp16")[1] == "fail"
+    assert judged(WHOLE, "fp32")[1] == "fail"
+    # A constant of a patch is off by what 16 bits can just tell.
+    off = replace(patch(MID, seed=3), value=patch(MID, seed=3).value * (1 + 2 * torch.finfo(DTYPES[precision]).eps))
+    other = Edit(tuple(off if it.digest == patch(MID, seed=3).digest else it for it in WHOLE.operations))
+    assert judged(other, precision) == ("fail", "pass")
+
+
 @pytest.mark.parametrize("family", ["sd2", "sdxl"])
 def test_honest_graphs_pass_in_every_family(folders, tmp_path, family):
     """All FFNs of the UNet, each at its own number of tokens."""
@@ -188,6 +213,30 @@ def constant(model: Any, place: tuple[str, int, int, int], what: str, at: str = 
 
 def own_nodes(model: Any, start: str) -> list[Any]:
     return [node for node in model.graph.node if node.name.startswith(start)]
+
+
+def test_a_mask_that_a_conversion_empties_is_found(tiny, whole, narrowed, tmp_path):
+    """Its truth is that of a number so small that fp16 has 0 for it."""
+    folder = narrowed(whole, tmp_path / "it", "fp16")
+
+    def judged() -> Check:
+        kept = kept_in_graphs(WHOLE, tiny)
+        return check_edit_in_graphs("onnx", tiny, kept, OnnxFolder(folder, tiny, "fp16"), names_of(tiny))
+
+    assert judged().verdict == "pass"
+    with opened(folder) as model:
+        own = own_nodes(model, home(FFN2))
+        (truth,) = (node for node in own if node.op_type == "Cast" and node.attribute[0].i == TensorProto.BOOL)
+        ones = next(node for node in own if node.op_type == "ConstantOfShape" and node.attribute[0].t.data_type == 1)
+        ones.attribute[0].t.CopyFrom(helper.make_tensor("", TensorProto.FLOAT, [1], [1e-12]))
+        low = helper.make_node("Cast", [truth.input[0]], ["low"], "low", to=TensorProto.FLOAT16)
+        truth.input[0] = "low"
+        place, rest = list(model.graph.node).index(truth), list(model.graph.node)
+        del model.graph.node[:]
+        model.graph.node.extend([*rest[:place], low, *rest[place:]])
+    check = judged()
+    assert check.verdict == "fail"
+    assert f"'{truth.name}' reads what was converted inside the edit" in check.summary
 
 
 def set_values(initializer: Any, how: Callable[[Any], Any]) -> None:

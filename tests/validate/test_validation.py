@@ -42,7 +42,7 @@ WHOLE = {
     "files", "edit", "validity", "edit-is-seen", "preservation", "preservation-detector", "reference-pictures",
     "configuration", "weights",
 }  # fmt: skip
-SOMETIMES = {"interface", "edit-in-graph", "kept-prompts", "reference"}
+SOMETIMES = {"interface", "edit-in-graph", "engines", "kept-prompts", "reference"}
 
 
 def pruned(model: Model, share: float, kinds: tuple[str, ...] = ("ffn2",), concept: str = "star") -> Edit:
@@ -148,6 +148,7 @@ def test_an_honest_artifact_passes(honest, shapes_artifact):
     assert report.settings == {
         "steps": 3, "guidance": 4.0, "scheduler": "DPMSolverMultistepScheduler", "size": [64, 64], "seeds": "9 to 12",
         "negative_prompt": None, "device": "cpu", "providers": ["CPUExecutionProvider"], "kernels": None,
+        "precisions": {"diffusers": "fp32"}, "engines": None,
     }  # fmt: skip
 
 
@@ -389,9 +390,12 @@ def test_a_provider_that_cannot_start_is_no_verdict(small, judge_small, monkeypa
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
     monkeypatch.setattr(onnxruntime, "InferenceSession", start)
     report = judge_small(small, targets=["onnx"], sessions=SessionSettings(("CUDAExecutionProvider",)))
-    (check,) = (it for it in report.checks if it.target == "onnx")
-    assert (report.verdict, check.name, check.verdict) == ("unjudged", "runs", "unjudged")
-    assert "cannot compute with CUDAExecutionProvider on this machine" in check.summary
+    # What the files say needs no provider.
+    verdicts = {it.name: it.verdict for it in report.checks if it.target == "onnx"}
+    assert verdicts == {"configuration": "pass", "interface": "pass", "weights": "pass", "runs": "unjudged"}
+    assert report.verdict == "unjudged"
+    (check,) = (it for it in report.checks if it.name == "runs")
+    assert "cannot compute in fp32 with CUDAExecutionProvider on this machine" in check.summary
 
 
 def test_an_edit_that_moves_much_and_erases_nothing_is_not_judged(tmp_path):

@@ -34,7 +34,7 @@ class Check(_Record):
 
     Attributes:
         name: stable, for machines: `weights`, `step-parity`, …; with the target unique in a report.
-        target: which format of the artifact, `onnx` or `diffusers`; None where it concerns the whole artifact.
+        target: which format of the artifact, `diffusers`, `onnx` or `tensorrt`; None where it concerns all of it.
         verdict: `unjudged` where nothing could be told, which is no pass.
         summary: one sentence with what was found, and what was allowed.
         measured: the number that decided, None where none did or it is not finite.
@@ -201,7 +201,8 @@ class Report(_Record):
         erased: a line for each concept, with its method.
         profile: `quick` or `release`.
         settings: how was drawn: steps, guidance, scheduler, size, seeds, negative prompt, providers, kernels (null
-            where no graph has operators of ours).
+            where no graph has operators of ours), precisions of the targets, and with and for what engines were made
+            (null where none are).
         tools: versions.
         checks: all of them, at least one, failed ones first.
         tensors: the table of component parity.
