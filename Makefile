@@ -10,7 +10,7 @@ SPREAD := --numprocesses logical --dist loadfile
 INSTALL := $(RUN) pip install --disable-pip-version-check --progress-bar off --constraint constraints.txt
 INSTALLED := $(VENV)/installed
 
-.PHONY: demo test slow lint types check clean
+.PHONY: demo test slow lint types check gpu clean
 
 demo: $(INSTALLED)
 	$(RUN) bakeout demo -o demo
@@ -30,8 +30,18 @@ types: $(INSTALLED)
 
 check: lint types test slow
 
+# What needs an NVIDIA GPU and TensorRT, in an environment of its own: each part runs whatever became of the one before.
+gpu:
+	$(MAKE) VENV=.venv-gpu EXTRA=gpu,tensorrt .venv-gpu/installed
+	mkdir -p runs; status=0; \
+	.venv-gpu/bin/python -m pytest -m "gpu or tensorrt or claim" --what-ran=docs/what-ran-gpu.json || status=1; \
+	.venv-gpu/bin/python tests/what_ran.py || status=1; \
+	.venv-gpu/bin/python benchmarks/gpu_kernels.py -o runs/gpu_kernels.json || status=1; \
+	.venv-gpu/bin/python benchmarks/gpu.py runs/gpu || status=1; \
+	exit $$status
+
 clean:
-	rm -rf $(VENV) build dist demo src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-gpu build dist demo src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 # torch comes first and alone, so that nothing else decides which build of it is installed.
 $(INSTALLED): pyproject.toml constraints.txt

@@ -48,7 +48,8 @@ def write_full_size(
             save_file(state, folder / component / f"{stem}.safetensors", metadata={"format": "pt"})
     for tokenizer in folder.glob("tokenizer*"):
         for path in CONFIGS.glob("clip_tokenizer/*"):
-            if not (tokenizer / path.name).exists():
+            # What it says of the padding is not so of SDXL's second tokenizer, and each has a configuration that is.
+            if path.name != "special_tokens_map.json" and not (tokenizer / path.name).exists():
                 shutil.copy(path, tokenizer / path.name)
 
 

@@ -326,7 +326,7 @@ def _line(cells: Sequence[str], remark: str) -> str:
 def machine() -> dict[str, str]:
     """The GPU, and the versions of what is used."""
     found = {"python": platform.python_version(), "processor": platform.machine()}
-    for name in ("torch", "triton", "nvidia-cuda-nvcc", "onnxruntime", "onnxruntime-gpu"):
+    for name in ("torch", "triton", "nvidia-cuda-nvcc", "onnxruntime", "onnxruntime-gpu", "tensorrt"):
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:

@@ -28,6 +28,7 @@ import onnx
 import onnxruntime
 import torch
 from full_size import write_full_size
+from ratios import interval
 from torch import Tensor
 
 from bakeout.editor.edit import Edit, ShiftActivation, SteerLatents
@@ -148,14 +149,6 @@ def timed(sessions: Sequence[onnxruntime.InferenceSession], ids: Tensor, rounds:
     return seconds[1:]  # the first warms up
 
 
-def ratio(edited: Seconds, plain: Seconds) -> dict[str, float]:
-    """The median of the rounds' ratios with its 95 % bootstrap interval."""
-    ratios = edited / plain
-    draws = np.random.default_rng(0).choice(ratios, (10_000, len(ratios)))
-    low, high = np.quantile(np.median(draws, axis=1), (0.025, 0.975))
-    return {"ratio": float(np.median(ratios)), "low": float(low), "high": float(high)}
-
-
 def measure(model: Model, rounds: int, threads: int) -> list[dict[str, Any]]:
     """A row for each text encoder and realisation."""
     pipeline = model.pipeline(dtype=torch.float32)
@@ -176,7 +169,7 @@ def measure(model: Model, rounds: int, threads: int) -> list[dict[str, Any]]:
             print(found[-1], file=sys.stderr, flush=True)
         if rounds:
             seconds = timed(sessions, subject.ids, rounds).T
-            found = [{**row, **ratio(own, seconds[0])} for row, own in zip(found, seconds, strict=True)]
+            found = [{**row, **interval(own / seconds[0])} for row, own in zip(found, seconds, strict=True)]
         rows += found
     return rows
 

@@ -35,12 +35,13 @@ import onnx
 import onnxruntime
 import torch
 from full_size import write_full_size
+from random_patches import patches
+from ratios import interval
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from bakeout.editor.edit import Edit, PatchActivation
+from bakeout.editor.edit import Edit
 from bakeout.editor.model import Model, open_model
-from bakeout.editor.sites import Site
 from bakeout.export.lower import lower_onto
 from bakeout.export.onnx import write_onnx
 from bakeout.export.shrink import kept_units
@@ -100,26 +101,6 @@ def chosen(model: Model, side: int, only: Sequence[str]) -> Iterator[Variant]:
     for variant in variants(model, side):
         if not only or variant.name == "plain" or any(text in variant.name for text in only):
             yield variant
-
-
-def patches(model: Model, share: float, side: int | None = None) -> Edit:
-    """A random patch of the input of every FFN-2: of features, or with a `side` of pairs of token and feature."""
-    generator = torch.Generator().manual_seed(0)
-    levels = len(model.components["unet"].config["block_out_channels"])
-    made = []
-    for site in model.sites_of("ffn2"):
-        shape = (site.d_in,) if side is None else (tokens(site, levels, side), site.d_in)
-        mask = torch.rand(shape, generator=generator) < share
-        value = 0.5 * torch.randn(shape, generator=generator)
-        made.append(PatchActivation(site.name, "input", mask, value, None if side is None else (side, side)))
-    return Edit(tuple(made))
-
-
-def tokens(site: Site, levels: int, side: int) -> int:
-    """How many tokens a site of a UNet with so many levels sees, for latents of `side` cells a side."""
-    region, number = site.name.split(".")[1:3]
-    level = levels - 1 if region == "mid" else int(number) if region == "down" else levels - 1 - int(number)
-    return (side >> level) ** 2
 
 
 def export(model: Model, variant: Variant, folder: Path) -> Path:
@@ -223,13 +204,6 @@ def timed(paths: Sequence[Path], tensors: Mapping[str, Tensor], given: argparse.
             sessions[place].run(None, feeds)
             seconds[number, place] = time.process_time() - started
     return seconds[1:]  # the first warms up
-
-
-def interval(ratios: Numbers) -> dict[str, float]:
-    """The median of the rounds' ratios with its 95 % bootstrap interval."""
-    draws = np.random.default_rng(0).choice(ratios, (10_000, len(ratios)))
-    low, high = np.quantile(np.median(draws, axis=1), (0.025, 0.975))
-    return {"ratio": float(np.median(ratios)), "low": float(low), "high": float(high)}
 
 
 def structure_of(path: Path) -> tuple[list[str], list[tuple[int, ...]]]:
