@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 
+from bakeout.describe import described
 from bakeout.editor.errors import InputError
 from bakeout.editor.recipe import Range, Tensorrt
 from bakeout.export.manifest import Shapes
-from bakeout.serving import described, serving_for
+from bakeout.serving import serving_for
 
 
 def artifact(**said: object) -> Any:

@@ -433,10 +433,10 @@ def export(
       bakeout export shapes-erased --target onnx
       bakeout export shapes-erased --target tensorrt --check
     """
-    from bakeout.describe import describe_widths
+    from bakeout.describe import describe_widths, described
     from bakeout.export.artifact import Artifact
     from bakeout.export.base import source_of
-    from bakeout.serving import described, serving_for
+    from bakeout.serving import serving_for
 
     options = {"--size": sizes, "--batch": batches, "--device": device, "--check": check or None}
     if target != "tensorrt" and (given := [name for name, value in options.items() if value is not None]):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from math import prod
 from shlex import quote
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,7 @@ from bakeout.generate import ACCURACY
 if TYPE_CHECKING:
     from bakeout.editor.model import Component, Model
     from bakeout.export.artifact import Artifact
-    from bakeout.export.manifest import Lowering, Manifest
+    from bakeout.export.manifest import Lowering, Manifest, Shapes
     from bakeout.validate.report.schema import Report
 
 _VERDICTS = {"pass": "passed", "fail": "failed", "unjudged": "could not be judged"}
@@ -63,6 +63,7 @@ def describe_artifact(artifact: Artifact) -> str:
         f"{artifact.folder}: {headline(manifest)}",
         table(("site", f"{'touched':>11}", f"{'of':>11}", "", "share", "realised", "cost at run time"), rows),
         describe_widths(manifest),
+        "\n".join(_compiled(manifest)),
         "\n".join(ends),
     ]
     return "\n\n".join(filter(None, blocks))
@@ -76,6 +77,25 @@ def describe_widths(manifest: Manifest) -> str:
     gone, of = sum(it.of - it.kept for it in widths), sum(it.of for it in widths)
     where = f"{len(widths)} FFN{'s' * (len(widths) > 1)}"
     return f"onnx/ is without {gone:,} of {of:,} hidden units of {where}, constant by the edit ({gone / of:.1%})"
+
+
+def _compiled(manifest: Manifest) -> Iterator[str]:
+    """In what each compiled target computes, and where it runs, in a line each."""
+    if manifest.onnx is not None:
+        yield f"onnx/ computes in {manifest.onnx.precision}."
+    if (made := manifest.tensorrt) is not None:
+        yield (
+            f"tensorrt/ computes in {made.precision}, by TensorRT {made.version} on {made.gpu} alone: "
+            f"{described(made.shapes)}."
+        )
+
+
+def described(shapes: Shapes) -> str:
+    """Pictures in words: how many at a time, and of which sizes."""
+    width, height, batch = shapes.width, shapes.height, shapes.batch
+    sizes = dict.fromkeys((f"{width.min}x{height.min}", f"{width.max}x{height.max}"))
+    batches = dict.fromkeys((str(batch.min), str(batch.max)))
+    return f"{' to '.join(batches)} picture{'s' * (batch.max > 1)} of {' to '.join(sizes)} pixels at a time"
 
 
 def _resolutions(artifact: Artifact) -> str:

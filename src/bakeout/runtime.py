@@ -156,7 +156,8 @@ def runtime_for(
         device = device_from_text("auto")
     if name == "tensorrt":
         others |= {"--threads": threads is not None, "--no-arena": not arena, f"--kernels {kernels}": kernels != "auto"}
-    _refuse(others, "another runtime" if name in GPU_RUNTIMES else "torch", name, "use --runtime torch")
+    whose = ("another runtime", "choose that") if name in GPU_RUNTIMES else ("torch", "use --runtime torch")
+    _refuse(others, whose[0], name, whose[1])
     if name == "tensorrt":
         made = opened.manifest.tensorrt
         return Runtime(

@@ -14,7 +14,6 @@ from bakeout.generate import size_from_text
 
 if TYPE_CHECKING:
     from bakeout.export.artifact import Artifact
-    from bakeout.export.manifest import Shapes
 
 _NUMBER: Final = re.compile(r"[1-9][0-9]{0,4}")
 
@@ -41,14 +40,6 @@ def serving_for(artifact: Artifact, sizes: str | None, batches: str | None) -> T
                 raise InputError(f"--batch {batches!a:.50} is none; write a number as 4, or three as 1:1:4")
         changes["batch"] = _range("--batch", [int(text) for text in texts])
     return serving_of(artifact.manifest, None, None).model_copy(update=changes)
-
-
-def described(shapes: Shapes) -> str:
-    """The pictures in words."""
-    width, height, batch = shapes.width, shapes.height, shapes.batch
-    sizes = dict.fromkeys((f"{width.min}x{height.min}", f"{width.max}x{height.max}"))
-    batches = dict.fromkeys((str(batch.min), str(batch.max)))
-    return f"{' to '.join(batches)} picture{'s' * (batch.max > 1)} of {' to '.join(sizes)} pixels at a time"
 
 
 def _one_or_three(option: str, text: str) -> list[str]:

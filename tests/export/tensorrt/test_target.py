@@ -98,6 +98,18 @@ def test_the_command_adds_engines(stand_in: Any, copy: Path) -> None:
     assert left_over(copy) == []
 
 
+def test_inspect_says_in_what_each_target_computes_and_where(stand_in: Any, copy: Path) -> None:
+    made = Artifact.open(copy).export("tensorrt", serving=Tensorrt(batch=Range(min=1, opt=1, max=2))).manifest.tensorrt
+    assert made is not None
+    said = invoke("inspect", copy).stdout
+    side = made.shapes.width.opt
+    assert "\nonnx/ computes in fp32.\n" in said
+    assert (
+        f"\ntensorrt/ computes in fp16, by TensorRT {stand_in.__version__} on {stand_in.world.gpu} alone: "
+        f"1 to 2 pictures of {side}x{side} pixels at a time.\n"
+    ) in said
+
+
 def test_the_recipes_word_counts_unless_another_is_given(stand_in: Any, copy: Path) -> None:
     said = json.loads((copy / MANIFEST).read_bytes())
     said["recipe"]["tensorrt"] = {"precision": "fp32", "width": None, "height": None, "batch": 2}
