@@ -54,7 +54,7 @@ def strange_types(model: Any, name: str, precision: str) -> list[str]:
     found = [
         *types.items(),
         *((it.name, it.data_type) for it in (*model.graph.initializer, *_tensors(model))),
-        *((node.name, it.i) for node, it in _conversions(model)),
+        *((node.name or node.output[0], it.i) for node, it in _conversions(model)),
     ]
     names = dict(map(reversed, TensorProto.DataType.items()))
     untold = {value for node in model.graph.node for value in node.output if value} - types.keys()

@@ -130,6 +130,7 @@ def served(stand_in: Any, starless: Path, narrowed: Callable[..., Path], tmp_pat
     return make
 
 
+@pytest.mark.slow
 @pytest.mark.claim("`bakeout validate` passes engines with the edit, and fails others")
 def test_honest_engines_pass(served):
     report = judged(served(), count=3)
@@ -157,6 +158,7 @@ def of_base(graph: Any) -> None:
             it.CopyFrom(numpy_helper.from_array(weights[it.name].half().numpy(), it.name))
 
 
+@pytest.mark.slow
 @pytest.mark.claim("`bakeout validate` passes engines with the edit, and fails others")
 def test_an_engine_without_the_edit_fails(served):
     assert failed(judged(served(of_base))) >= DRAWN
@@ -179,6 +181,7 @@ def test_a_broken_engine_fails(served, stand_in, fault):
     assert failed(judged(served())) >= {"components", "pictures"}
 
 
+@pytest.mark.slow
 def test_engines_for_another_gpu_are_not_judged(served, stand_in):
     folder = served()
     stand_in.world.gpu = "NVIDIA Another"
@@ -192,6 +195,7 @@ def test_engines_for_another_gpu_are_not_judged(served, stand_in):
     assert verdict_of(report, "engines")[0] == "pass"
 
 
+@pytest.mark.slow
 def test_without_the_library_the_other_targets_are_judged(served, monkeypatch):
     folder = served()
     monkeypatch.setitem(sys.modules, "tensorrt", None)
@@ -200,6 +204,7 @@ def test_without_the_library_the_other_targets_are_judged(served, monkeypatch):
     assert {it.verdict for it in report.checks if it.target == "diffusers"} == {"pass"}
 
 
+@pytest.mark.slow
 def test_a_size_that_engines_do_not_draw_is_not_judged(served):
     report = judged(served(), size=(48, 64))
     verdict, summary = verdict_of(report, "runs")
@@ -207,6 +212,7 @@ def test_a_size_that_engines_do_not_draw_is_not_judged(served):
     assert "64x64 to 64x64 pixels, and not of 48x64" in summary
 
 
+@pytest.mark.slow
 def test_what_the_manifest_says_of_engines_must_be_so(served, stand_in, monkeypatch):
     def short(*_: object) -> None:
         raise MemoryError("cannot allocate")

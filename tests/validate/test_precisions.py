@@ -114,6 +114,7 @@ def put(graph: Any, name: str, value: torch.Tensor) -> None:
     initializer.CopyFrom(numpy_helper.from_array(value.half().numpy(), name))
 
 
+@pytest.mark.slow
 @pytest.mark.claim("`bakeout validate` passes an honest artifact in fp16, and fails another edit in it")
 def test_an_honest_artifact_in_fp16_passes(in_16_bits):
     report = judged(in_16_bits("fp16"))
@@ -149,6 +150,7 @@ def test_a_graph_in_fp32_is_not_judged_by_wider_limits(artifact, precision, monk
         assert re.search(rf"{network} computes [\d,]+ products in more than {precision}", weights.summary)
 
 
+@pytest.mark.slow
 @pytest.mark.claim("`bakeout validate` passes an honest artifact in fp16, and fails another edit in it")
 @pytest.mark.parametrize("which", ["base", "rolled"])
 def test_another_edit_in_fp16_fails(fp16, which):
@@ -159,6 +161,7 @@ def test_another_edit_in_fp16_fails(fp16, which):
     assert failed(judged(fp16)) >= {"weights", "components", *OF_STEPS, "pictures"}
 
 
+@pytest.mark.slow
 def test_a_constant_picture_fails(fp16):
     path = fp16 / "onnx" / "vae_decoder" / "model.onnx"
     model = onnx.load(path)
@@ -219,6 +222,7 @@ def test_what_is_no_rounding_of_the_edited_weights_fails(fp16, change, said, mon
     assert (weights.verdict, said in weights.summary) == ("fail", True), weights.summary
 
 
+@pytest.mark.slow
 def test_what_nothing_here_computes_is_not_judged(in_16_bits):
     report = judged(in_16_bits("bf16"))
     assert failed(report) == set()
@@ -230,6 +234,7 @@ def test_what_nothing_here_computes_is_not_judged(in_16_bits):
     assert {it.name for it in report.checks if it.target == "onnx"} == {"configuration", "interface", "weights", "runs"}
 
 
+@pytest.mark.slow
 def test_a_provider_without_kernels_for_bf16_is_no_verdict(in_16_bits, monkeypatch):
     """One that starts, and lacks some of what the graph needs."""
     monkeypatch.setattr("bakeout.validate.validation.why_not_here", lambda *_: None)

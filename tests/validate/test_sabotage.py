@@ -491,7 +491,7 @@ CASES = [
     case(lay_a_variant_beside, "diffusers", "weights", slow=True),
     case(freeze_the_timestep, "onnx", "components", DRAWN, slow=True),
     case(ignore_the_latents, "onnx", "components", "pictures", slow=True),
-    case(overflow_in_half_precision, "onnx", "components", "pictures", slow=True),
+    case(overflow_in_half_precision, "onnx", "weights", "components", "pictures", slow=True),
     case(add_noise, "onnx", "components", DRAWN, slow=True),
     case(remove_an_output, "onnx", "interface", "runs", slow=True),
     case(give_another_tensor_as_output, "onnx", "components", slow=True),
@@ -1281,7 +1281,7 @@ def take_any_height(opened: Any) -> None:
 
 
 def lie_down(opened: Any) -> None:
-    """As many tokens."""
+    """As many tokens. Of what is computed from another shape no type can be inferred."""
     for it in (opened.input[0], opened.output[0]):
         for place, size in ((2, 4), (3, 16)):
             it.type.tensor_type.shape.dim[place].dim_value = size
@@ -1299,7 +1299,7 @@ def test_an_honest_patch_in_the_graph_passes(patched: Path) -> None:
         (patch_nothing, {*IN_GRAPH, "weights", *ERASED}),
         pytest.param(patch_neighbours, {*IN_GRAPH, *ERASED}, marks=pytest.mark.slow),
         pytest.param(take_any_height, {"interface", "runs"}, marks=pytest.mark.slow),
-        pytest.param(lie_down, {"interface", "runs"}, marks=pytest.mark.slow),
+        pytest.param(lie_down, {"weights", "interface", "runs"}, marks=pytest.mark.slow),
     ],
 )
 def test_a_patch_that_is_broken_in_the_graph_fails_by_the_right_checks(

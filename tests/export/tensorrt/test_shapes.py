@@ -14,7 +14,7 @@ from bakeout.editor.recipe import MAX_SIZE, Range
 from bakeout.export.manifest import Shapes
 from bakeout.export.tensorrt.shapes import profile_of, shapes_of
 
-FAMILIES = ("sd1", "sd2", "sdxl")
+FAMILIES = ("sd1", *(pytest.param(family, marks=pytest.mark.slow) for family in ("sd2", "sdxl")))
 
 
 def steps(least: int, usual: int, most: int) -> Range:

@@ -127,6 +127,7 @@ def test_the_recipes_word_counts_unless_another_is_given(stand_in: Any, copy: Pa
     assert third.engines == again.engines
 
 
+@pytest.mark.slow
 def test_graphs_that_are_not_there_are_made_for_it_and_removed(stand_in: Any, copy: Path) -> None:
     expected = Artifact.open(copy).export("tensorrt").manifest.tensorrt
     drop(copy, "onnx")
@@ -137,6 +138,7 @@ def test_graphs_that_are_not_there_are_made_for_it_and_removed(stand_in: Any, co
     assert artifact.manifest.tensorrt == expected
 
 
+@pytest.mark.slow
 def test_graphs_that_are_not_in_fp32_are_no_source(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise InputError("graphs are made")
