@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from filelock import FileLock
 
 if TYPE_CHECKING:
     import torch
@@ -189,18 +190,30 @@ def folders(
     return folder
 
 
+def once(tmp_path_factory: pytest.TempPathFactory, name: str, write: Callable[[Path], object]) -> Path:
+    """A folder that the first of the processes that test writes for all of them."""
+    home = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        home = home.parent
+    folder = home / "once" / name
+    with FileLock(home / f"{name}.lock"):
+        if not folder.exists():
+            part = folder.with_name(f"{name}.part")
+            part.parent.mkdir(exist_ok=True)
+            write(part)
+            part.rename(folder)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def onnx_folders(tmp_path_factory: pytest.TempPathFactory, folders: Callable[[str], Path]) -> Callable[[str], Path]:
     """The ONNX folder of the tiny model of a family, written once; tests that change it work on a copy."""
-    root = tmp_path_factory.mktemp("onnx")
 
     def folder(family: str) -> Path:
         from bakeout.editor.model import open_model
         from bakeout.export.onnx import write_onnx
 
-        if not (root / family).exists():
-            write_onnx(open_model(folders(family)), root / family)
-        return root / family
+        return once(tmp_path_factory, f"onnx-{family}", lambda path: write_onnx(open_model(folders(family)), path))
 
     return folder
 
@@ -211,6 +224,10 @@ def exported(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path
 
     Made once; tests that change it work on a copy.
     """
+    return once(tmp_path_factory, "exported", lambda folder: write_exported(folder, tiny_model))
+
+
+def write_exported(folder: Path, tiny_model: Path) -> None:
     import torch
 
     from bakeout.editor.edit import Edit, PatchWeightInput
@@ -220,7 +237,6 @@ def exported(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path
     from bakeout.export.lower import lower, touched_tensors
     from bakeout.export.manifest import base_of
 
-    folder = tmp_path_factory.mktemp("exported") / "artifact"
     model = open_model(tiny_model)
     sites = {site.name: site for site in model.sites}
     generator = torch.Generator().manual_seed(0)
@@ -236,7 +252,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path
     with making(folder, plan, force=False) as place:
         facts: dict[str, Any] = {"recipe": {}, "calibration": {}, "tools": {}}
         artifact = write_artifact(place, plan, base_of(model, "tiny"), edit, lower(edit, sites, state), facts)
-    return artifact.export("onnx").folder
+    artifact.export("onnx")
 
 
 def read_tensor(file: Path, name: str) -> torch.Tensor:

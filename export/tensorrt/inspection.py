@@ -171,7 +171,8 @@ def judge(said: str, typed: Typed) -> Inspected:
 
     - It has the graph's inputs and outputs, in the graph's types.
     - A tensor with the name of one of the graph is of its type, and no float is of a type that the graph has not.
-    - Of each product some layer reads what it multiplies in the product's type, and in none that its nodes have not.
+    - Of each product some layer reads what it multiplies in the product's type, and in none that its nodes have not;
+      where it reads that type and others, it is not known in which it multiplies.
     - Each operator of ours is one layer, and no layer is of a function's body.
 
     Args:
@@ -202,14 +203,16 @@ def judge(said: str, typed: Typed) -> Inspected:
     unknown = []
     for name, kind in sorted(typed.products.items()):
         own = [layer for layer in layers if name in layer.nodes]
-        if not own:
-            unknown.append(name)
-        elif not any(_multiplies_in(layer, kind, typed) for layer in own):
-            found = sorted({of for layer in own for _, of in layer.inputs})
-            raise _wrong(f"computes {name!a:.200} from {' and '.join(found) or 'no floats'}, and not in {kind}")
+        if any(_multiplies_in(layer, kind, typed) for layer in own):
+            continue
+        found = sorted({of for layer in own for _, of in layer.inputs})
+        if found and kind not in found:
+            raise _wrong(f"computes {name!a:.200} from {' and '.join(found)}, and not in {kind}")
+        unknown.append(name)
     if unknown:
         raise UnknownLayersError(
-            f"of {len(typed.products)} products {len(unknown)} are of no layer that says so, as {unknown[0]!a:.200}"
+            f"of {len(typed.products)} products it does not tell in what {len(unknown)} are computed, as "
+            f"{unknown[0]!a:.200}"
         )
     return Inspected(len(layers), len(typed.plugins))
 

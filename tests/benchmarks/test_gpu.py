@@ -43,7 +43,7 @@ def timed(ratio=1.0, spread=0.0, **more):
 @pytest.mark.parametrize(
     "part",
     [
-        "sd15/onnxruntime/acterase-tokens",
+        pytest.param("sd15/onnxruntime/acterase-tokens", marks=pytest.mark.slow),
         "sd15/eager/conceptprune",
         pytest.param("sdxl/eager/snce", marks=pytest.mark.slow),
     ],

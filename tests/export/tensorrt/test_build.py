@@ -7,6 +7,7 @@ import shutil
 import signal
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -252,7 +253,16 @@ def test_phases_within_phases():
     assert monitor.fraction == 0.5
 
 
+@pytest.fixture
+def _heard() -> Iterator[None]:
+    """Interrupts are raised, also where a shell started the tests in the background and has them ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.claim("the builder's progress is ours, and an interrupt stops it")
+@pytest.mark.usefixtures("_heard")
 def test_an_interrupt_stops_the_builder_and_comes_out():
     monitor, stopped = Monitor(), threading.Event()
 
@@ -270,6 +280,7 @@ def test_an_interrupt_stops_the_builder_and_comes_out():
     assert stopped.is_set()
 
 
+@pytest.mark.usefixtures("_heard")
 def test_an_interrupted_build_leaves_no_engine(made, stand_in):
     interrupts = iter([signal.SIGINT])
 

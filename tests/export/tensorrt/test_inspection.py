@@ -110,7 +110,7 @@ def faults() -> dict[str, tuple[Callable[[dict[str, Any]], object], str]]:
         "a product in fp32": (both, "computes 'proj' from fp32, and not in fp16"),
         "a product in part of fp32": (
             lambda said: layer(said, "proj")["Inputs"].append({"Name": "a", "DataType": "Float"}),
-            "computes 'proj' from fp16 and fp32, and not in fp16",
+            "unknown: of 2 products it does not tell in what 1 are computed, as 'proj'",
         ),
         "a value of the graph in another type": (tensor("proj", "Outputs", DataType="Float"), "'p' of layer 'proj' in"),
         "a type that the graph has not": (tensor("proj", "Outputs", Name="q", DataType="BF16"), "'q' of layer"),
@@ -133,10 +133,10 @@ def faults() -> dict[str, tuple[Callable[[dict[str, Any]], object], str]]:
         ),
         "a product of which nothing is said": (
             lambda said: layer(said, "proj").update(Metadata=""),
-            "unknown: of 2 products 1 are of no layer that says so, as 'proj'",
+            "unknown: of 2 products it does not tell in what 1 are computed, as 'proj'",
         ),
         "metadata cut short": (
-            lambda said: layer(said, "proj").update(Metadata="[ONNX Layer: pr ... oj"), "unknown: of 2 products 1 are"
+            lambda said: layer(said, "proj").update(Metadata="[ONNX Layer: pr ... oj"), "unknown: of 2 products it does"
         ),
         "no nodes": (
             lambda said: [it.pop("Metadata", None) for it in said["Layers"]], "unknown: no layer says of what it is"
@@ -189,7 +189,8 @@ def test_layers_without_tensors(graph):
     assert judge(json.dumps(said), types_of(graph)).layers == 5
     for place in ("Inputs", "Outputs"):
         del layer(said, "proj")[place]
-    assert "computes 'proj' from no floats" in refused(said, graph)
+    with pytest.raises(UnknownLayersError, match="as 'proj'"):
+        judge(json.dumps(said), types_of(graph))
 
 
 def test_separators_as_they_are(graph):

@@ -59,7 +59,7 @@ def error(found: Tensor, wanted: Tensor) -> float:
 
 
 @pytest.mark.claim("a whole picture drawn by engines is that of ONNX Runtime")
-@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+@pytest.mark.parametrize("family", ["sd1", pytest.param("sdxl", marks=pytest.mark.slow)])
 def test_it_draws_what_onnx_runtime_draws(engines, onnx_folders, family):
     ours = load_tensorrt_pipeline(*engines(family))
     other = load_onnx_pipeline(onnx_folders(family), SessionSettings(threads=1))
