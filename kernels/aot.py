@@ -159,8 +159,16 @@ class TritonKernel(Kernel):
         divisors = {(place(name),): [["tt.divisibility", by]] for name, by in variant.divisors.items()}
         source = ASTSource(masked_geglu_kernel, variant.signature, constexprs=variant.constants, attrs=divisors)
         options = {**OPTIONS, "ptx_version": _PTX_VERSION}
-        made = triton.compile(source, target=GPUTarget("cuda", _TARGET, 32), options=options)
-        return _code(without_hidden(without_debug(made.asm["ptx"])), made.metadata.shared)
+        try:
+            made = triton.compile(source, target=GPUTarget("cuda", _TARGET, 32), options=options)
+            ptx = without_hidden(without_debug(made.asm["ptx"]))
+        except (triton.TritonError, ValueError) as error:
+            said = " ".join(str(error).split())[:300]
+            raise KernelUnavailable(
+                f"Triton {triton.__version__} cannot compile the kernel ({said}); install a version that bakeout names "
+                "in its dependencies"
+            ) from error
+        return _code(ptx, made.metadata.shared)
 
     @property
     def _variant(self) -> Any:

@@ -219,7 +219,9 @@ def _plugin(node: onnx.NodeProto) -> Iterator[Finding]:
         if attribute is None:
             yield _finding(node, f"lacks the attribute {name}, without which its plugin is not taken", _AGAIN)
         elif attribute != onnx.helper.make_attribute(name, value):
-            yield _finding(node, f"has an attribute {name} other than {value!r}, with which no plugin is found", _AGAIN)
+            yield _finding(
+                node, f"has an attribute {name} other than {value!r}, with which our kernel is not taken", _AGAIN
+            )
 
 
 def _elements(scope: Scope) -> Iterator[Finding]:

@@ -182,10 +182,21 @@ def _real(use: Use) -> str | None:
     return "reads complex numbers" if shape is not None and len(shape) == 3 and shape[2] != 1 else None
 
 
+def _branches(use: Use) -> list[onnx.GraphProto]:
+    return [use.attribute(name, onnx.GraphProto()) for name in ("then_branch", "else_branch")]
+
+
 def _own_outputs(use: Use) -> str | None:
-    branches = [use.attribute(name, onnx.GraphProto()) for name in ("then_branch", "else_branch")]
-    names = [{it.name for it in branch.output} for branch in branches]
+    names = [{it.name for it in branch.output} for branch in _branches(use)]
     return "has branches with an output of one name" if names[0] & names[1] else None
+
+
+def _same_ranks(use: Use) -> str | None:
+    tensors = [[it.type.tensor_type for it in branch.output] for branch in _branches(use)]
+    for pair in zip(*tensors, strict=False):
+        if all(it.HasField("shape") for it in pair) and len({len(it.shape.dim) for it in pair}) > 1:
+            return "has branches that give one output in different numbers of dimensions"
+    return None
 
 
 _DILATED = _ones("dilations")
@@ -210,7 +221,7 @@ _RESTRICTIONS: Final[Mapping[str, tuple[Restriction, ...]]] = {
     "GRU": (_one_activation,),
     "GridSample": (_ranks((4,), 0),),
     "Hardmax": (_static_axis,),
-    "If": (_own_outputs,),
+    "If": (_own_outputs, _same_ranks),
     "LSTM": (_one_activation, _attribute("input_forget", 0), _attribute("layout", 0)),
     "LayerNormalization": (_outputs(1),),
     "LpPool": (_DILATED,),

@@ -211,6 +211,22 @@ def test_ptx_that_is_not_one_kernel_is_refused():
     assert aot.parameters(aot.without_hidden(code.ptx)) == aot.parameters(code.ptx)
 
 
+@pytest.mark.parametrize(
+    ("name", "failing", "says"),
+    [
+        ("without_hidden", ValueError("the kernel needs the parameter x"), r"needs the parameter x\); install"),
+        ("without_debug", triton.TritonError("`ptxas` failed\nwith code 255"), r"`ptxas` failed with code 255\)"),
+    ],
+)
+def test_a_triton_that_compiles_no_such_kernel_is_one_sentence(name, failing, says, monkeypatch):
+    def fails(_: str) -> str:
+        raise failing
+
+    monkeypatch.setattr(aot, name, fails)
+    with pytest.raises(KernelUnavailable, match=rf"^Triton [\d.]+\S* cannot compile the kernel \(.*{says}"):
+        aot.TritonKernel(torch.float16, 8).compile()
+
+
 def test_without_a_compiler_it_says_so(monkeypatch):
     monkeypatch.setattr(build, "_nvcc_places", lambda: iter(()))
     with pytest.raises(KernelUnavailable, match="there is no nvcc"):

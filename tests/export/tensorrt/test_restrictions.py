@@ -27,8 +27,10 @@ def said(name: str, inputs: tuple[str, ...], outputs: tuple[str, ...] = ("o",), 
     return restrictions_of(Use(node, SHAPES, VALUES.keys(), VALUES))
 
 
-def branch(output: str) -> Any:
-    return helper.make_graph([], "branch", [], [helper.make_empty_tensor_value_info(output)])
+def branch(output: str, *shape: int) -> Any:
+    """A graph of one output, whose shape is known if there is one."""
+    info = helper.make_tensor_value_info(output, 1, shape) if shape else helper.make_empty_tensor_value_info(output)
+    return helper.make_graph([], "branch", [], [info])
 
 
 Call = tuple[tuple[Any, ...], Mapping[str, Any]]
@@ -67,6 +69,10 @@ PAIRS: list[tuple[Call, Call, str]] = [
     (call("Hardmax", "open", axis=1), call("Hardmax", "open"), "along a dynamic dimension"),
     (call("If", X, then_branch=branch("a"), else_branch=branch("b")),
      call("If", X, then_branch=branch("a"), else_branch=branch("a")), "an output of one name"),
+    (call("If", X, then_branch=branch("a", 2, 3), else_branch=branch("b", 3, 4)),
+     call("If", X, then_branch=branch("a", 2, 3), else_branch=branch("b", 6)), "different numbers of dimensions"),
+    (call("If", X, then_branch=branch("a", 2, 3), else_branch=branch("b")),
+     call("If", X, then_branch=branch("a", 1), else_branch=branch("b", 1, 1)), "different numbers of dimensions"),
     (call("LayerNormalization", X, X), call("LayerNormalization", X, X, outputs=("o", "", "d")), "more than 1 output"),
     (call("LpPool", X), call("LpPool", X, dilations=[1, 2]), "dilations other than 1"),
     (call("MaxPool", X), call("MaxPool", X, outputs=("o", "i")), "more than 1 output"),
