@@ -17,7 +17,7 @@ All but input_ids go in and out in fp32, in whatever precision a graph computes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Protocol
@@ -38,7 +38,7 @@ from bakeout.editor.folder import scheduler_part, tokenizer_part
 from bakeout.editor.model_files import read_json
 from bakeout.editor.pipeline import make_pipeline
 from bakeout.export.hidden_states import guard
-from bakeout.export.one_size import check_static, hold_to
+from bakeout.export.one_size import hold_to
 
 EXPORT_AGAIN = "export the model again"
 # The class that reads a network's config.json, and the name of the kind in it.
@@ -61,9 +61,6 @@ class Graph(Protocol):
 
     path: Path
     device: torch.device
-
-    def shape(self, name: str) -> Sequence[object]:
-        """Of an input; a dimension that is no whole number is dynamic."""
 
     def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """All outputs by name, on `device`, the caller's own. Raises InputError for inputs that it does not take."""
@@ -222,7 +219,7 @@ def load_graph_pipeline(
         latents: height and width of the only latents that the edit is for; see `hold_to`. None is any.
 
     Raises:
-        InputError: the folder is not whole, has no such encoder, or has a UNet for latents of another size.
+        InputError: the folder is not whole, or has no such encoder.
     """
     index = read_json(folder / "model_index.json")
     text = {name: _config(folder, name) for name in ("text_encoder", "text_encoder_2") if _class(index, name)}
@@ -240,8 +237,7 @@ def load_graph_pipeline(
         for name, config in text.items()
     }
     unet_inputs = ("sample", "timestep", "encoder_hidden_states", *added)
-    networks["unet"] = network = GraphUNet(load("unet", unet_inputs, ("out_sample",)), unet)
-    check_static(network.graph.path, network.graph.shape("sample"), latents)
+    networks["unet"] = GraphUNet(load("unet", unet_inputs, ("out_sample",)), unet)
     networks["vae"] = GraphVae(
         load("vae_encoder", ("sample",), ("latent_parameters",)),
         load("vae_decoder", ("latent_sample",), ("sample",)),

@@ -8,7 +8,9 @@ takes back when a tensor is gone; on PyTorch's stream (`user_compute_stream`) it
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -20,6 +22,7 @@ from torch.utils.dlpack import from_dlpack
 
 from bakeout.editor.errors import InputError, not_installed
 from bakeout.export.graph_pipeline import EXPORT_AGAIN, check_given, check_names, load_graph_pipeline
+from bakeout.export.one_size import check_static
 from bakeout.export.onnx_gpu import check_placement, check_started, other_package, with_profile
 from bakeout.export.op_library import KERNELS, op_library
 
@@ -37,6 +40,8 @@ _DTYPES = {
 }
 # ONNX Runtime's "fatal": what goes wrong comes as an exception, and need not stand on the terminal too.
 _QUIET = 4
+# "CUDA failure 35: …", also of its libraries, after long names of C++ functions and before those of machine and file.
+_CUDA_SAID = re.compile(r"\bCU\w+ failure \d+: [^;]*")
 
 
 @dataclass(frozen=True)
@@ -99,7 +104,8 @@ class OnnxGraph:
     ) -> None:
         self.path = path
         self.device = torch.device(settings.device)
-        self.session = _session(path, settings)
+        with _restored(self.device):
+            self.session = _session(path, settings)
         self.inputs = {it.name: it for it in self.session.get_inputs()}
         self.outputs = tuple(it.name for it in self.session.get_outputs())
         check_names(path, (self.inputs, self.outputs), inputs, outputs)
@@ -141,8 +147,9 @@ class OnnxGraph:
                 binding.bind_output(name, *place)
             if self.device.type == "cuda":
                 torch.cuda.current_stream(self.device).synchronize()
-            self.session.run_with_iobinding(binding)
-            binding.synchronize_outputs()
+            with _restored(self.device):
+                self.session.run_with_iobinding(binding)
+                binding.synchronize_outputs()
         except Exception as error:  # ONNX Runtime has a class for each of its codes, and documents none
             raise InputError(
                 f"ONNX Runtime failed in {self.path} ({_reason(error)}); if memory is short, draw fewer or smaller "
@@ -176,7 +183,10 @@ def load_onnx_pipeline(
 
     def load(component: str, inputs: Collection[str], outputs: Collection[str]) -> OnnxGraph:
         own = with_profile(settings, profiles[component]) if component in profiles else settings
-        return OnnxGraph(folder / component / GRAPH, inputs, outputs, own)
+        graph = OnnxGraph(folder / component / GRAPH, inputs, outputs, own)
+        if component == "unet":
+            check_static(graph.path, graph.shape("sample"), latents)
+        return graph
 
     return load_graph_pipeline(folder, load, first_states, latents)
 
@@ -220,7 +230,10 @@ def _session(path: Path, settings: SessionSettings) -> Any:
         # Else a provider that fails is replaced by the CPU's, with a remark on the terminal.
         session = onnxruntime.InferenceSession(path, options, providers=providers, enable_fallback=0)
     except Exception as error:  # ONNX Runtime has a class for each of its codes, and documents none
-        raise InputError(f"{path} does not load in ONNX Runtime ({_reason(error)}); {EXPORT_AGAIN}") from error
+        cure = EXPORT_AGAIN
+        if settings.device != "cpu":
+            cure = f"see that the GPU has memory left and a driver for this CUDA, else {cure}"
+        raise InputError(f"{path} does not load in ONNX Runtime ({_reason(error)}); {cure}") from error
     for name in settings.providers:
         if name not in session.get_providers():
             raise InputError(
@@ -231,6 +244,11 @@ def _session(path: Path, settings: SessionSettings) -> Any:
     return session
 
 
+def _restored(device: torch.device) -> AbstractContextManager[object]:
+    """After what ONNX Runtime does on a GPU, the current one of CUDA is again the one before: it leaves its own."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
 def _check_shape(path: Path, name: str, given: tuple[int, ...], wanted: tuple[int | str | None, ...]) -> None:
     fixed = [size if isinstance(size, int) else None for size in wanted]
     if len(given) != len(fixed) or any(size not in (None, own) for size, own in zip(fixed, given, strict=True)):
@@ -239,5 +257,7 @@ def _check_shape(path: Path, name: str, given: tuple[int, ...], wanted: tuple[in
 
 
 def _reason(error: Exception) -> str:
-    """The first line of a message of ONNX Runtime, without `[ONNXRuntimeError] : code : NAME : `."""
-    return str(error).strip().partition("\n")[0].split(" : ", 3)[-1][:300]
+    """The first line of a message of ONNX Runtime, without `[ONNXRuntimeError] : code : NAME : `; CUDA's alone."""
+    first = str(error).strip().partition("\n")[0].split(" : ", 3)[-1]
+    said = _CUDA_SAID.search(first)
+    return (said[0].strip() if said else first)[:300]

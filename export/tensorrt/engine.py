@@ -43,13 +43,11 @@ class Port:
 
     Attributes:
         dtype: of torch.
-        shape: None is a dynamic dimension.
         least: the smallest shape that it takes; of an output empty, as is `most`.
         most: the largest.
     """
 
     dtype: torch.dtype
-    shape: tuple[int | None, ...]
     least: Shape = ()
     most: Shape = ()
 
@@ -115,8 +113,9 @@ class Engine:
         weakref.finalize(self, self._lane.stream.wait)
 
     def shape(self, name: str) -> tuple[int | None, ...]:
-        """Of an input; None is a dynamic dimension."""
-        return self.inputs[name].shape
+        """Of an input; None is a dimension that need not always be the same."""
+        port = self.inputs[name]
+        return tuple(low if low == high else None for low, high in zip(port.least, port.most, strict=True))
 
     def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """All outputs by name.
@@ -151,7 +150,8 @@ class Engine:
         if len(self._calls) == _MAX_CALLS:
             self._lane.stream.wait()
             self._calls.popitem(last=False)
-        with self._lane.stream.ordered():
+        # What is made in inference mode could not be written to outside of it.
+        with torch.inference_mode(False), self._lane.stream.ordered():
             call = _Call(self, dict(zip(self.inputs, shapes, strict=True)))
         self._calls[shapes] = call
         return call
@@ -270,14 +270,13 @@ def _ports(library: Any, engine: Any, path: Path) -> tuple[dict[str, Port], dict
         kind = engine.get_tensor_dtype(name).name
         if kind not in _DTYPES:
             raise InputError(f"{path} has {name!a:.100} as {kind}, which torch does not know; export the model again")
-        shape = tuple(None if size < 0 else size for size in engine.get_tensor_shape(name))
         if engine.get_tensor_mode(name) == library.TensorIOMode.INPUT:
+            shape = engine.get_tensor_shape(name)
             # Of an input without a dynamic dimension the profile need not say anything.
-            ends = engine.get_tensor_profile_shape(name, 0)[::2] if None in shape else (shape, shape)
-            least, most = map(tuple, ends)
-            inputs[name] = Port(_DTYPES[kind], shape, least, most)
+            ends = engine.get_tensor_profile_shape(name, 0)[::2] if -1 in tuple(shape) else (shape, shape)
+            inputs[name] = Port(_DTYPES[kind], *map(tuple, ends))
         else:
-            outputs[name] = Port(_DTYPES[kind], shape)
+            outputs[name] = Port(_DTYPES[kind])
     return inputs, outputs
 
 

@@ -10,6 +10,7 @@ import torch
 
 from bakeout.editor.errors import InputError
 from bakeout.export.graph_pipeline import EXPORT_AGAIN, check_names, load_graph_pipeline
+from bakeout.export.one_size import check_static
 from bakeout.export.tensorrt import device as devices
 from bakeout.export.tensorrt import library
 from bakeout.export.tensorrt.engine import ENGINE, Engine, Lane
@@ -40,8 +41,8 @@ def load_tensorrt_pipeline(
         cuda_graphs: whether networks run as captured CUDA graphs.
 
     Raises:
-        InputError: TensorRT or the GPU is not here, or the engines were not made for them; or what
-            `load_graph_pipeline` raises.
+        InputError: TensorRT or the GPU is not here, or the engines were not made for them, or not for the latents of
+            the edit; or what `load_graph_pipeline` raises.
     """
     check_made_for(folder, made, device)
     lane = Lane(devices.torch_device(device))
@@ -52,6 +53,9 @@ def load_tensorrt_pipeline(
             raise InputError(f"{path} is missing; {EXPORT_AGAIN}")
         engine = Engine(path, device, cuda_graphs=cuda_graphs, lane=lane)
         check_names(path, (engine.inputs, engine.outputs), inputs, outputs)
+        # An edit for any size says nothing of the sizes that engines are for.
+        if component == "unet" and latents is not None:
+            check_static(path, engine.shape("sample"), latents)
         return engine
 
     return load_graph_pipeline(folder, load, first_states, latents)

@@ -61,6 +61,7 @@ def profile_of(folder: Path, graph: str, shapes: Shapes) -> Profile:
     """The shapes that the inputs of a graph may have.
 
     Guidance has the UNet see each picture twice, and without it once: its batches go from the least to twice the most.
+    Pictures to begin with are encoded one by one where each has a generator of its own, whatever the batch.
     Text is always as long as the encoder can read, as pipelines give it.
 
     Args:
@@ -72,7 +73,8 @@ def profile_of(folder: Path, graph: str, shapes: Shapes) -> Profile:
         InputError: the graph does not load, or has a dynamic dimension that no picture tells.
     """
     factor, guided = _factor(folder), 2 if graph == "unet" else 1
-    batch = (shapes.batch.min, guided * shapes.batch.opt, guided * shapes.batch.max)
+    least = 1 if graph == "vae_encoder" else shapes.batch.min
+    batch = (least, guided * shapes.batch.opt, guided * shapes.batch.max)
     tokens = read_json(folder / "text_encoder" / "config.json").get("max_position_embeddings")
     if type(tokens) is not int or tokens < 1:
         raise _odd(folder / "text_encoder")

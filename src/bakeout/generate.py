@@ -194,7 +194,7 @@ def complete(
     """The request with steps, guidance, size and strength filled in: from `recommended`, else the pipeline's defaults.
 
     The size of an image-to-image request is by default about the model's own, in the shape of its picture. With
-    `shapes` the default of every request is the usual one of these, and no batch is larger than their largest.
+    `shapes` the default of every request is the usual one of these, and batches are such as these have.
 
     Args:
         request: what was asked for.
@@ -204,9 +204,9 @@ def complete(
         shapes: of the only pictures that the runtime's engines draw; None is any.
 
     Raises:
-        InputError: the model or its engines cannot draw that size; it was not trained with that many steps, or has none
-            to do at that strength; cannot skip that many layers of its text encoder, or must not because its edit would
-            be skipped too; or the picture to begin with cannot be read.
+        InputError: the model or its engines cannot draw that size, or not so few pictures; it was not trained with that
+            many steps, or has none to do at that strength; cannot skip that many layers of its text encoder, or must
+            not because its edit would be skipped too; or the picture to begin with cannot be read.
     """
     if request.image is not None:
         pipeline = image_to_image(pipeline)
@@ -227,7 +227,7 @@ def complete(
         if int(steps * strength) < 1:
             raise InputError(f"strength {strength:g} leaves none of {steps} steps to do: take more of either")
     if request.clip_skip is not None:
-        _check_clip_skip(pipeline, request.clip_skip)
+        _check_clip_skip(pipeline, request.clip_skip, 1 if shapes is None else shapes.batch.min)
     return replace(request, steps=steps, guidance=guidance, size=size, strength=strength)
 
 
@@ -255,7 +255,16 @@ def _fitted(request: Request, shapes: Shapes) -> Request:
             f"size is {size[0]}x{size[1]}: the engines were made for pictures of {' to '.join(sizes)}; leave it out, "
             "or export again with another --size"
         )
-    return replace(request, size=size, batch=min(request.batch, shapes.batch.max))
+    count, least = len(request.pictures), shapes.batch.min
+    most = max(least, min(request.batch, shapes.batch.max))
+    # What a batch leaves over is the last one.
+    fitting = (batch for batch in range(most, least - 1, -1) if (count % batch or batch) >= least)
+    if (batch := next(fitting, None)) is None:
+        raise InputError(
+            f"the engines were made for {least} pictures at a time or more, which does not go into {count}; draw a "
+            f"multiple of {least}, or export again with another --batch"
+        )
+    return replace(request, size=size, batch=batch)
 
 
 def _only_size(request: Request, pipeline: Any, only: tuple[int, int]) -> tuple[int, int]:
@@ -268,8 +277,8 @@ def _only_size(request: Request, pipeline: Any, only: tuple[int, int]) -> tuple[
     return only
 
 
-def _check_clip_skip(pipeline: Any, clip_skip: int) -> None:
-    """Encode an empty prompt: what can be skipped, and what must not be, is for the text encoders to say."""
+def _check_clip_skip(pipeline: Any, clip_skip: int, prompts: int) -> None:
+    """Encode so many empty prompts: what can be skipped, and what must not be, is for the text encoders to say."""
     import torch
 
     from bakeout.export.hidden_states import clip_skips
@@ -277,7 +286,7 @@ def _check_clip_skip(pipeline: Any, clip_skip: int) -> None:
     settings = {"device": pipeline.device, "num_images_per_prompt": 1, "do_classifier_free_guidance": False}
     try:
         with _layers_can_be_skipped(pipeline), torch.inference_mode():
-            pipeline.encode_prompt("", **settings, clip_skip=clip_skip)
+            pipeline.encode_prompt([""] * prompts, **settings, clip_skip=clip_skip)
     except IndexError:
         most = min(clip_skips(pipeline).values())
         raise InputError(

@@ -187,7 +187,9 @@ def _onnxruntime(
         from bakeout.export.targets import serving_of
 
         sessions = on_gpu(name, device, sessions)
-        shapes = shapes_for(name, home, opened.size, serving_of(opened.manifest, None, None))
+        # Of graphs that are not there it is said, when they are loaded, how to have them.
+        if RUNTIMES[name] in opened.manifest.targets:
+            shapes = shapes_for(name, home, opened.size, serving_of(opened.manifest, None, None))
     graphs = [*home.glob(f"*/{GRAPH}")]
     if any(has_own_operators(path) for path in graphs):
         check_providers(sessions)

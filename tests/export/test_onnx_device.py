@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import gc
+import shutil
+import subprocess
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +18,7 @@ from onnx import TensorProto, helper
 
 from bakeout.editor.errors import InputError
 from bakeout.editor.recipe import Tensorrt as Serving
-from bakeout.export import onnx_gpu
+from bakeout.export import onnx_gpu, onnx_pipeline
 from bakeout.export.onnx_gpu import CUDA, TENSORRT, check_placement, check_started, on_gpu, profiles_for, shapes_for
 from bakeout.export.onnx_gpu import with_profile as profiled
 from bakeout.export.onnx_pipeline import OnnxGraph, SessionSettings, check_providers, load_onnx_pipeline
@@ -152,6 +155,67 @@ def test_a_provider_that_does_not_start_is_refused(tmp_path, monkeypatch, capfd)
         check_providers(SessionSettings((TENSORRT,)))
     assert preloaded == [True]
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_provider_whose_libraries_are_there_is_not_refused(tmp_path):
+    """ONNX Runtime's own part of them is there, to all that is loaded, from when it is imported."""
+    compiler = next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
+    if compiler is None:
+        pytest.skip("there is no C compiler")
+    fake = type("Fake", (), {
+        "__file__": str(tmp_path / "__init__.py"),
+        "preload_dlls": lambda: None,
+        "set_default_logger_severity": lambda _: None,
+    })  # fmt: skip
+    (tmp_path / "capi").mkdir()
+    source = tmp_path / "provider.c"
+    for name, symbol in (("cuda", "Provider_GetHost"), ("tensorrt", "createInferBuilder")):
+        source.write_text(f"void *{symbol}(void);\nvoid *(*needed)(void) = {symbol};\n")
+        library = tmp_path / "capi" / f"libonnxruntime_providers_{name}.so"
+        subprocess.run([compiler, "-shared", "-fPIC", "-o", library, source], check=True)
+    check_started(fake, CUDA)
+    with pytest.raises(InputError, match=r"cannot start it .*createInferBuilder"):
+        check_started(fake, TENSORRT)
+
+
+def test_what_cuda_says_is_told(product, monkeypatch):
+    """It stands behind the names of C++ functions, which are longer than a sentence."""
+    function = f"/src/cuda_call.cc:154 std::conditional_t<{'THRW, void, ' * 40}> onnxruntime::CudaCall(ERRTYPE) "
+    where = " ; GPU=0 ; hostname=here ; file=/src/a.cc ; line=355 ; expr=cudaSetDevice(info_.device_id); \n"
+
+    def fails(*_: Any, **__: Any) -> None:
+        raise RuntimeError(f"{function}CUDA failure 35: CUDA driver version is insufficient{where}")
+
+    settings = SessionSettings(device="cuda:0")
+    monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
+    monkeypatch.setattr(onnxruntime, "InferenceSession", fails)
+    with pytest.raises(InputError, match=r"\(CUDA failure 35: CUDA driver version is insufficient\); see that the GPU"):
+        OnnxGraph(product, ("x",), ("y",), settings)
+    with pytest.raises(InputError, match=r"insufficient\); export the model again"):
+        OnnxGraph(product, ("x",), ("y",), ONE_THREAD)
+
+
+def test_the_gpu_of_a_session_does_not_become_the_current_one(product, monkeypatch):
+    """ONNX Runtime makes it so wherever it computes, and leaves it so."""
+    inside, made = [], []
+
+    @contextmanager
+    def current(device: torch.device) -> Any:
+        inside.append(device)
+        yield
+        inside.pop()
+
+    def session(*_: Any) -> Any:
+        made.append(list(inside))
+        return session_of(product)
+
+    monkeypatch.setattr(torch.cuda, "device", current)
+    monkeypatch.setattr(onnx_pipeline, "_session", session)
+    OnnxGraph(product, ("x",), ("y",), SessionSettings((CUDA,), device="cuda:1"))
+    assert (made, inside) == ([[torch.device("cuda", 1)]], [])
+    graph = OnnxGraph(product, ("x",), ("y",), ONE_THREAD)
+    assert made[1:] == [[]]
+    graph.run({"x": torch.ones(1, 3)})
 
 
 def session_of(path: Path, *, recorded: bool = True) -> Any:
@@ -322,6 +386,19 @@ def test_a_gpu_draws_what_the_cpu_draws(onnx_folders, runtime, family):
     assert [picture.device.type for picture in pictures] == ["cuda", "cpu"]
     # A grey value is 4e-3; TensorRT multiplies in TF32.
     assert (pictures[0].cpu() - pictures[1]).abs().max() < (4e-3 if runtime == "onnxruntime-cuda" else 2e-2)
+
+
+@pytest.mark.gpu
+def test_drawing_on_another_gpu_leaves_the_current_one(product):
+    if torch.cuda.device_count() < 2 or CUDA not in onnxruntime.get_available_providers():
+        pytest.skip("it takes two GPUs and the CUDAExecutionProvider")
+    before = torch.cuda.current_device()
+    other = torch.device("cuda", 1 - before)
+    graph = OnnxGraph(product, ("x",), ("y",), on_gpu("onnxruntime-cuda", other, SessionSettings()))
+    assert torch.cuda.current_device() == before
+    found = graph.run({"x": torch.ones(2, 3, device=other)})["y"]
+    assert found.device == other
+    assert torch.cuda.current_device() == before
 
 
 @pytest.mark.gpu

@@ -119,6 +119,17 @@ def test_what_is_given_is_not_written_to_or_kept(plan):
     assert close(engine.run({"x": given(2)})["y"], first)
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_it_runs_in_inference_mode_and_outside(plan, first):
+    """`complete` encodes an empty prompt in it, and pipelines draw without it."""
+    engine = Engine(plan, "cuda:0")
+    for inference in (first, not first, first):
+        with torch.inference_mode(inference), torch.no_grad():
+            found = engine.run({"x": given(2)})["y"]
+            assert close(found, expected(plan, given(2)))
+    assert engine.run({"x": given(2).requires_grad_()})["y"].requires_grad is False
+
+
 @pytest.mark.claim("a network runs as a captured CUDA graph from the second call of its shapes, in reused buffers")
 def test_the_second_call_is_captured(plan, counted):
     engine = Engine(plan, "cuda:0")

@@ -91,6 +91,44 @@ def test_engines_draw_sizes_that_they_are_for(served, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("least", "most", "asked", "count", "batch"),
+    [(1, 2, 4, 3, 2), (2, 4, 4, 6, 4), (2, 4, 4, 5, 3), (2, 4, 1, 4, 2), (3, 4, 4, 7, 4), (4, 4, 1, 8, 4)],
+)
+def test_no_batch_is_smaller_than_engines_draw(served, least, most, asked, count, batch):
+    pipeline = runtime_for(Artifact.open(served), "tensorrt").load(Artifact.open(served))
+    shapes = Artifact.open(served).manifest.tensorrt.shapes
+    shapes = shapes.model_copy(update={"batch": Range(min=least, opt=least, max=most)})
+    assert complete(Request(("a",), count=count, batch=asked), pipeline, shapes=shapes).batch == batch
+    for few in range(1, least):
+        with pytest.raises(InputError, match=f"{least} pictures at a time or more, which does not go into {few};"):
+            complete(Request(("a",), count=few), pipeline, shapes=shapes)
+
+
+@pytest.mark.claim("engines that draw several pictures at a time also begin with a picture")
+def test_engines_of_a_batch_begin_with_a_picture(served, tmp_path):
+    folder = tmp_path / "two"
+    shutil.copytree(served, folder, ignore=lambda _, names: {"tensorrt"} & {*names})
+    (folder / "tensorrt").mkdir()
+    shapes = Artifact.open(served).manifest.tensorrt.shapes
+    shapes = shapes.model_copy(update={"batch": Range(min=2, opt=2, max=2)})
+    built(folder / "onnx", folder / "tensorrt", shapes)
+    manifest = read_manifest(folder)
+    (folder / MANIFEST).write_bytes(manifest.model_copy(update={"tensorrt": record(shapes)}).to_json())
+    Image.effect_noise((16, 16), 120).convert("RGB").save(tmp_path / "start.png")
+    image = ["--image", str(tmp_path / "start.png")]
+    code, said = generate(folder, tmp_path / "begun", "--runtime", "tensorrt", "-n", "4", *image)
+    assert code == 0, said
+    assert pixels(tmp_path / "begun").shape == (4, 16, 16, 3)
+    for options, words in (
+        (["-n", "3"], "draw a multiple of 2, or export again with another --batch"),
+        (["-n", "2", "--clip-skip", "1"], "gives no hidden states, so no layer can be skipped"),
+    ):
+        code, said = generate(folder, tmp_path / "refused", "--runtime", "tensorrt", *options)
+        assert (code, said.count("\n")) == (2, 1)
+        assert words in said
+
+
+@pytest.mark.parametrize(
     ("options", "words"),
     [
         (["--size", "32x32"], "size is 32x32: the engines were made for pictures of 16x16 to 16x32; leave it out"),
@@ -124,6 +162,22 @@ def test_without_a_gpu_nothing_is_drawn(exported, tmp_path, monkeypatch, runtime
     assert code == 2
     assert runtime == "tensorrt" or "'cpu' is no NVIDIA GPU" in said
     assert not (tmp_path / "pictures").exists()
+
+
+@pytest.mark.parametrize("runtime", ["tensorrt", "onnxruntime-cuda", "onnxruntime-tensorrt"])
+def test_of_a_target_that_is_not_there_the_cure_is_said(served, runtime):
+    target = "tensorrt" if runtime == "tensorrt" else "onnx"
+    manifest = read_manifest(served)
+    left = {
+        "targets": tuple(it for it in manifest.targets if it != target),
+        "files": {name: file for name, file in manifest.files.items() if not name.startswith(f"{target}/")},
+        target: None,
+    }
+    shutil.rmtree(served / target)
+    (served / MANIFEST).write_bytes(manifest.model_copy(update=left).to_json())
+    artifact = Artifact.open(served)
+    with pytest.raises(InputError, match=rf"has no {target}/; run `bakeout export .* --target {target}`"):
+        runtime_for(artifact, runtime).load(artifact)
 
 
 def test_a_gpu_never_draws_unasked(served):

@@ -155,6 +155,34 @@ def test_pictures_that_the_engines_are_not_for_are_refused(engines):
         drawn(pipeline, prompt=["a"], height=128, width=128, num_inference_steps=1)
 
 
+@pytest.mark.parametrize("told", [True, False])
+def test_an_edit_for_one_size_of_latents_needs_engines_for_it(
+    stand_in, onnx_folders, engines, tmp_path, monkeypatch, told
+):
+    """Whether TensorRT tells a size that the profile has, or that it was dynamic in the graph."""
+    one = Range(min=32, opt=32, max=32)
+    shapes = Shapes(batch=Range(min=1, opt=1, max=2), width=one, height=one)
+    folder = tmp_path / "one size"
+    folder.mkdir()
+    folder = built(onnx_folders("sd1"), folder, shapes)
+
+    def said(engine: Any, name: str) -> tuple[int, ...]:
+        least, _, most = engine.get_tensor_profile_shape(name, 0)
+        return tuple(low if low == high else -1 for low, high in zip(least, most, strict=True))
+
+    if told:
+        monkeypatch.setattr(trt.ICudaEngine, "get_tensor_shape", said)
+    for latents in (None, (8, 8)):
+        assert drawn(load_tensorrt_pipeline(folder, record(shapes), latents=latents), prompt=["a"]).shape[2:] == (
+            32,
+            32,
+        )
+    with pytest.raises(InputError, match="takes latents of 8x8, and the artifact is for latents of 8x16; export the"):
+        load_tensorrt_pipeline(folder, record(shapes), latents=(16, 8))
+    with pytest.raises(InputError, match="takes latents of several sizes, and the artifact is for latents of 8x8"):
+        load_tensorrt_pipeline(*engines("sd1"), latents=(8, 8))
+
+
 def test_without_tensorrt_it_is_said(engines, monkeypatch):
     folder, made = engines("sd1")
     monkeypatch.setitem(__import__("sys").modules, "tensorrt", None)

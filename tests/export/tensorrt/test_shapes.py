@@ -95,6 +95,14 @@ def test_the_largest_batch_is_twice_as_large_with_guidance(onnx_folders: Callabl
     ]  # fmt: skip
 
 
+def test_pictures_are_encoded_one_by_one(onnx_folders: Callable[[str], Path]) -> None:
+    """Image-to-image would else be refused by engines that draw several pictures at a time at least."""
+    folder = onnx_folders("sd1")
+    shapes = shapes_of(folder, None, batch=steps(2, 3, 4))
+    for graph, name, batches in (("vae_encoder", "sample", [1, 3, 4]), ("vae_decoder", "latent_sample", [2, 3, 4])):
+        assert [shape[0] for shape in profile_of(folder, graph, shapes)[name]] == batches
+
+
 def test_a_size_of_two_sides_is_height_and_width(copy: Path) -> None:
     said = config(copy, "unet")
     usual = shapes_of(copy, None).width.opt
