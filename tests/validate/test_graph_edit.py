@@ -136,7 +136,7 @@ def test_an_edit_that_a_conversion_undoes_fails(tiny, tmp_path, narrowed):
     assert f"'{home}again' reads what was converted inside the edit" in check.summary
 
 
-@pytest.mark.parametrize("family", ["sd2", "sdxl"])
+@pytest.mark.parametrize("family", [pytest.param("sd2", marks=pytest.mark.slow), "sdxl"])
 def test_an_honest_graph_passes_in_every_family(folders, narrowed, tmp_path, family):
     model = open_model(folders(family))
     sites = [it for it in model.sites if it.name in (SITE, "text_encoder_2.layer.1", "text_encoder.layer.0.ffn2")]

@@ -144,7 +144,7 @@ def test_honest_graphs_in_16_bits_pass(tiny, whole, narrowed, tmp_path, precisio
     assert judged(other, precision) == ("fail", "pass")
 
 
-@pytest.mark.parametrize("family", ["sd2", "sdxl"])
+@pytest.mark.parametrize("family", [pytest.param("sd2", marks=pytest.mark.slow), "sdxl"])
 def test_honest_graphs_pass_in_every_family(folders, tmp_path, family):
     """All FFNs of the UNet, each at its own number of tokens."""
     model = open_model(folders(family))
