@@ -422,8 +422,8 @@ def export(
     encoders, and the VAE.
 
     It is made of DIR/diffusers, or where there is none of the base and the edit, after every byte that stays was
-    checked, and DIR changes when all is written: interrupted, it is as it was. The same artifact gives the same bytes.
-    Reports of earlier validations are marked stale.
+    checked, and DIR changes when all is written: interrupted, it is as it was. The same artifact gives the same graphs,
+    byte for byte; engines differ with what TensorRT timed. Reports of earlier validations are marked stale.
 
     Hidden units of the UNet's FFNs that a patch makes constant at every token are left out: a smaller and faster model
     that computes the same. The diffusers folder keeps them, as columns of zeros, so that it loads everywhere.
