@@ -231,7 +231,9 @@ def _session(path: Path, settings: SessionSettings) -> Any:
         session = onnxruntime.InferenceSession(path, options, providers=providers, enable_fallback=0)
     except Exception as error:  # ONNX Runtime has a class for each of its codes, and documents none
         cure = EXPORT_AGAIN
-        if settings.device != "cpu":
+        if " : NOT_IMPLEMENTED : " in str(error):
+            cure += " in another --precision, or draw with another provider: the CPU's has nothing for bf16, CUDA's has"
+        elif settings.device != "cpu":
             cure = f"see that the GPU has memory left and a driver for this CUDA, else {cure}"
         raise InputError(f"{path} does not load in ONNX Runtime ({_reason(error)}); {cure}") from error
     for name in settings.providers:

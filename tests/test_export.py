@@ -44,6 +44,17 @@ def test_a_target_is_written_again_when_told(copy: Path, monkeypatch: pytest.Mon
     assert totals == [(1, "exporting")] * 2
 
 
+def test_what_draws_bf16_is_told(copy: Path) -> None:
+    written = invoke("export", copy, "--target", "onnx", "--force", "--precision", "bf16")
+    assert (written.exit_code, written.stderr) == (0, "")
+    assert written.stdout.endswith(f": draw with bakeout generate {copy} --runtime onnxruntime-cuda\n")
+    refused = invoke("generate", copy, "--prompt", "a", "-o", copy.parent / "pictures")
+    assert refused.exit_code == 2
+    assert "does not load in ONNX Runtime (Could not find an implementation for" in refused.stderr
+    assert "export the model again in another --precision, or draw with another provider" in refused.stderr
+    assert not (copy.parent / "pictures").exists()
+
+
 def test_a_width_that_cannot_shrink_is_told(copy: Path) -> None:
     written = invoke("export", copy, "--target", "onnx", "--force", "--shrink", "8")
     assert written.exit_code == 0

@@ -467,6 +467,9 @@ def export(
             f"smaller width that is a multiple of {shrink}."
         )
     runtime = "" if target == "onnx" else f" --runtime {target}"
+    if target == "onnx" and precision == "bf16":
+        # ONNX Runtime's provider for the CPU has no kernels for it.
+        runtime = " --runtime onnxruntime-cuda"
     click.echo(
         f"{folder / target} is written ({size / 1e6:,.0f} MB): draw with bakeout generate {quote(str(folder))}{runtime}"
     )
