@@ -43,10 +43,12 @@ gpu:
 clean:
 	rm -rf $(VENV) .venv-gpu build dist demo src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
-# torch comes first and alone, so that nothing else decides which build of it is installed.
+# torch comes first and alone, so that nothing else decides which build of it is installed. TensorRT's packages bring what
+# builds them, which --no-build-isolation would leave out.
 $(INSTALLED): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "bakeout needs Python 3.11 or newer: install it, or say where it is with 'make PYTHON=...'." >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(INSTALL) setuptools torch
+	$(if $(findstring tensorrt,$(EXTRA)),$(INSTALL) tensorrt)
 	$(INSTALL) --no-build-isolation --editable '.[dev,$(EXTRA)]'
 	@touch $@

@@ -57,6 +57,12 @@ def test_the_runtime_is_chosen(project, arguments, extra):
     assert [f"'.[dev,{extra}]'" in line for line in installs] == [True]
 
 
+def test_tensorrt_is_installed_with_what_builds_it(project):
+    installs = [line for line in make(project, "-n", "gpu").stdout.splitlines() if "pip install" in line]
+    names = [line.rpartition("--constraint constraints.txt ")[2] for line in installs]
+    assert names == ["setuptools torch", "tensorrt", "--no-build-isolation --editable '.[dev,gpu,tensorrt]'"]
+
+
 def test_no_python_is_one_sentence(project, tmp_path):
     programs = tmp_path / "programs"
     programs.mkdir()
