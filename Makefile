@@ -37,7 +37,7 @@ gpu:
 	.venv-gpu/bin/python -m pytest -m "gpu or tensorrt or claim" --what-ran=docs/what-ran-gpu.json || status=1; \
 	.venv-gpu/bin/python tests/what_ran.py || status=1; \
 	.venv-gpu/bin/python benchmarks/gpu_kernels.py -o runs/gpu_kernels.json || status=1; \
-	.venv-gpu/bin/python benchmarks/gpu.py runs/gpu || status=1; \
+	.venv-gpu/bin/python benchmarks/gpu.py runs/gpu --seconds 3600 || status=1; \
 	exit $$status
 
 clean:

@@ -170,7 +170,9 @@ class Range(_Table):
                 raise InputError(f"it has {len(given)} numbers; give one, or the least, the usual and the most")
             case int() if not isinstance(given, bool):
                 return {"min": given, "opt": given, "max": given}
-        return given
+            case Mapping() | Range():
+                return given
+        raise InputError("it is no whole number; give one, or a list of the least, the usual and the most")
 
     @model_validator(mode="after")
     def _rises(self) -> Self:

@@ -370,7 +370,7 @@ class Artifact:
             self.verify(but=TENSORRT)
             with TemporaryDirectory(prefix="bakeout-") as temporary:
                 scratch = Path(temporary)
-                with self._graphs(scratch, scratch, base, shrink, started) as (graphs, _):
+                with self._graphs(scratch, None, base, shrink, started) as (graphs, _):
                     shapes = shapes_of(graphs, self.size, wanted.width, wanted.height, wanted.batch)
                     check_graphs(graphs, scratch, wanted.precision, shapes, progress, started)
         except OSError as error:
@@ -415,14 +415,14 @@ class Artifact:
     def _graphs(
         self,
         new: Path,
-        shown: Path,
+        shown: Path | None,
         base: Model | None,
         shrink: int | None,
         started: Callable[[str], object] | None,
     ) -> Iterator[tuple[Path, Onnx]]:
         """A folder of the graphs in fp32, and how they were written; in `new`, unless the artifact has them.
 
-        `shown` is what to say has no room, if there is none.
+        `shown` is what to say has no room, if there is none; None says that `new` is for temporary files.
         """
         if (onnx := self._fp32_graphs(shrink)) is not None:
             yield self.folder / ONNX, onnx
@@ -630,12 +630,13 @@ def validation_folder(folder: Path) -> Path:
     return folder.with_name(f"{folder.name}-validation")
 
 
-def _check_room(new: Path, folder: Path, size: int) -> None:
+def _check_room(new: Path, folder: Path | None, size: int) -> None:
     free = shutil.disk_usage(new).free
     if free < size + _SPARE:
+        another = "set TMPDIR to another folder" if folder is None else "choose another folder"
         raise InputError(
-            f"{folder} needs {(size + _SPARE) / 1e9:.2f} GB and {free / 1e9:.2f} GB are free there; "
-            "make room, or choose another folder"
+            f"{folder or new.parent} needs {(size + _SPARE) / 1e9:.2f} GB and {free / 1e9:.2f} GB are free there; "
+            f"make room, or {another}"
         )
 
 

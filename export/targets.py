@@ -145,8 +145,8 @@ def serving_of(manifest: Manifest, given: Serving | None, precision: object) -> 
         serving = given or Serving.model_validate(manifest.recipe.get("tensorrt", {}))
     except (ValidationError, InputError) as error:
         raise InputError(
-            "the recipe in the manifest does not say of which pictures engines are to be made; say it yourself, by "
-            "precision, size and batch"
+            "the recipe in the manifest does not say of which pictures engines are to be made; take the artifact from "
+            "its source again"
         ) from error
     return serving if precision is None else serving.model_copy(update={"precision": precision_of(precision)})
 

@@ -90,6 +90,8 @@ def test_on_a_gpu_every_part_runs_and_any_may_fail(project, failing):
     assert [line.split()[0] for line in ran] == [
         "-m", "tests/what_ran.py", "benchmarks/gpu_kernels.py", "benchmarks/gpu.py",
     ]  # fmt: skip
+    # Ten minutes, a part's own limit, are short for SDXL's engines.
+    assert ran[-1] == "benchmarks/gpu.py runs/gpu --seconds 3600"
     assert (done.returncode != 0) == (failing != "nothing")
 
 

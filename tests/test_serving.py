@@ -62,8 +62,8 @@ def test_what_cannot_be_read_is_refused(sizes: str | None, batches: str | None, 
 
 @pytest.mark.parametrize("said", [5, {"batch": "many"}, {"batch": [1, 2]}, {"fax": 1}])
 def test_a_manifest_whose_recipe_says_nonsense_is_refused(said: object) -> None:
-    with pytest.raises(InputError, match="does not say of which pictures engines are to be made"):
-        serving_for(artifact(tensorrt=said), None, None)
+    with pytest.raises(InputError, match="of which pictures engines are to be made; take the artifact from its"):
+        serving_for(artifact(tensorrt=said), "512", "1")
 
 
 def test_the_pictures_are_told_in_words() -> None:

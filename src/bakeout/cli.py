@@ -374,7 +374,7 @@ def bake(recipe: Path, folder: Path, force: bool, device: str, dtype: str) -> No
 @click.option(
     "--size",
     "sizes",
-    metavar="WxH",
+    metavar="SIDE|WxH",
     help="Of tensorrt: the pictures' size in pixels, or MIN:USUAL:MAX as 256x256:512x512:768x768.  "
     "[default: the recipe's, else the model's]",
 )

@@ -499,8 +499,9 @@ def test_a_range_is_one_number_or_three(load, line, expected):
     ("line", "said"),
     [
         ("batch = 0", "tensorrt.batch.min is 0: it must"),
-        ("batch = 1.5", "tensorrt.batch"),
-        ("batch = true", "tensorrt.batch"),
+        ("batch = 1.5", "tensorrt.batch: it is no whole number; give one, or a list of the least, the usual and the"),
+        ("batch = true", "tensorrt.batch: it is no whole number"),
+        ('batch = "4"', "tensorrt.batch: it is no whole number"),
         ("batch = [4, 2, 1]", "tensorrt.batch: 4, 2, 1 do not rise; give the least, the usual and the most"),
         ("batch = [1, 4]", "tensorrt.batch: it has 2 numbers; give one, or the least, the usual and the most"),
         ("width = 40000", "tensorrt.width.min is 40000: it must"),

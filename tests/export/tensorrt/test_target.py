@@ -234,6 +234,22 @@ def test_a_check_without_room_for_temporary_files_says_so(copy: Path, monkeypatc
     assert left_over(copy) == []
 
 
+def test_a_check_whose_graphs_do_not_fit_names_the_folder_and_how_to_have_another(
+    copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drop(copy, "onnx")
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    usage = shutil.disk_usage(copy)._replace(free=1_000_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    done = invoke("export", copy, "--target", "tensorrt", "--check")
+    assert done.exit_code == 2
+    assert done.stderr.startswith(f"Error: {temporary} needs ")
+    assert done.stderr.endswith("make room, or set TMPDIR to another folder\n")
+    assert [*temporary.iterdir()] == []
+
+
 def test_what_a_check_finds_is_one_sentence(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise InputError("TensorRT has no such operator; mend it")
