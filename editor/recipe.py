@@ -8,7 +8,7 @@ import tomllib
 from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 from pydantic import (
     BaseModel,
@@ -38,7 +38,8 @@ MAX_CONCEPT = 200
 MAX_EDITS = 100
 # Of a picture's side, and of pictures at a time.
 MAX_SIZE = 32_768
-PRECISIONS = ("fp32", "fp16", "bf16")
+Precision = Literal["fp32", "fp16", "bf16"]
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 INTEGER_LIMIT = 2**63  # TOML's; longer ones Python reads, but may refuse to print
 
 _SOURCES = ({"pack"}, {"file"}, {"target", "reference"}, {"target", "reference", "lists"})
@@ -191,7 +192,7 @@ class Tensorrt(_Table):
         batch: pictures at a time.
     """
 
-    precision: Literal["fp32", "fp16", "bf16"] = "fp16"
+    precision: Precision = "fp16"
     width: Range | None = None
     height: Range | None = None
     batch: Range = Range(min=1, opt=1, max=1)

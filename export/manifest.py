@@ -18,7 +18,7 @@ from bakeout.editor.checkpoint_header import StoredTensor
 from bakeout.editor.errors import InputError
 from bakeout.editor.model import Component, Model
 from bakeout.editor.model_files import read_json
-from bakeout.editor.recipe import SHRINKS, Range
+from bakeout.editor.recipe import SHRINKS, Precision, Range
 from bakeout.export.checkpoint import read_tensor
 
 if TYPE_CHECKING:
@@ -48,7 +48,6 @@ Name = Annotated[Text, Field(min_length=1)]
 FileName = Annotated[Text, Field(pattern=r"^(diffusers|onnx|tensorrt)(/[\w-][\w.-]*){1,2}$", max_length=300)]
 WeightsName = Annotated[FileName, Field(pattern=r"^diffusers/")]
 _TEXT_SITE = re.compile(r"(?P<component>text_encoder\w*)\.layer\.(?P<layer>\d+)")
-Precision = Literal["fp32", "fp16", "bf16"]
 # Of latents: a side of 32,768 pixels in Stable Diffusion.
 _MAX_SIDE = 4096
 # As an operation's site is checked in `bakeout.editor.edit`, which imports torch.

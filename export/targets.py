@@ -7,14 +7,14 @@ from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import ModuleType
-from typing import TYPE_CHECKING, Final, get_args
+from typing import TYPE_CHECKING, Final
 
 from pydantic import ValidationError
 
 from bakeout.editor.checkpoint_header import read_header
 from bakeout.editor.errors import InputError, not_installed
 from bakeout.editor.model import Model
-from bakeout.editor.recipe import DEFAULT_SHRINK, PRECISIONS, SHRINKS
+from bakeout.editor.recipe import DEFAULT_SHRINK, PRECISIONS, SHRINKS, Precision
 from bakeout.editor.recipe import Tensorrt as Serving
 from bakeout.export.checkpoint import places
 from bakeout.export.manifest import (
@@ -22,7 +22,6 @@ from bakeout.export.manifest import (
     File,
     Manifest,
     Onnx,
-    Precision,
     Shapes,
     Tensorrt,
     Width,
@@ -153,9 +152,9 @@ def serving_of(manifest: Manifest, given: Serving | None, precision: object) -> 
 
 def precision_of(given: object) -> Precision:
     """What was given. Raises InputError for none of `PRECISIONS`."""
-    for precision in get_args(Precision):
+    for precision in PRECISIONS:
         if given == precision:
-            return precision  # type: ignore[no-any-return]
+            return precision
     raise InputError(f"{given!a:.50} is no precision; choose of {', '.join(PRECISIONS)}")
 
 
